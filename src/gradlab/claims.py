@@ -167,7 +167,9 @@ def verdict(claim_id: str, **conditions: object) -> Verdict:
     truths = {}
     for word, condition in conditions.items():
         if word not in WORDS[claim.kind]:
-            raise TypeError(f"{claim_id} is a {claim.kind}: {word!r} is none of {WORDS[claim.kind]}")
+            raise TypeError(
+                f"{claim_id} is a {claim.kind}: {word!r} is none of {WORDS[claim.kind]}"
+            )
         values = np.asarray(condition)
         if values.dtype != bool or values.size == 0:
             raise TypeError(
@@ -258,7 +260,9 @@ def collect(
         chapters.append(path.stem)
         for claim_id, word in verdicts_in(path):
             if claim_id not in claims:
-                problems.append(f"{path.name}: verdict for {claim_id}, which claims.yml does not have")
+                problems.append(
+                    f"{path.name}: verdict for {claim_id}, which claims.yml does not have"
+                )
             else:
                 found.setdefault(claim_id, []).append((word, path.stem))
     ledger = {}
@@ -270,7 +274,9 @@ def collect(
             problems.append(f"{claim_id}: no verdict, although its chapter {claim.chapter} exists")
         for word, chapter in given:
             if chapter != claim.chapter:
-                problems.append(f"{claim_id}: decided in {chapter}, but assigned to {claim.chapter}")
+                problems.append(
+                    f"{claim_id}: decided in {chapter}, but assigned to {claim.chapter}"
+                )
             ledger[claim_id] = {
                 "verdict": word,
                 "chapter": chapter,

@@ -1,0 +1,184 @@
+"""The book's data, as NumPy arrays: small, real, and on every machine.
+
+`digits` and `stocks` come with scikit-learn and matplotlib and need no network.  `mnist` uses
+Keras's own loader, which downloads once.  `blobs` are synthetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+N_TRAIN = 1437
+"""Digits in the training set; the other 360 are the test set (an 80/20 split)."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set for classification, cut into training and test part.
+
+    Attributes:
+        x_train, x_test: float32, (samples, features).
+        y_train, y_test: int64 class numbers, (samples,).
+    """
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(max(self.y_train.max(), self.y_test.max())) + 1
+
+    @property
+    def features(self) -> int:
+        """Number of input features."""
+        return self.x_train.shape[1]
+
+
+class DataUnavailable(RuntimeError):
+    """The data has to be downloaded and could not be."""
+
+
+def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Shift and scale each feature to mean 0 and standard deviation 1 on the training part.
+
+    A feature that never varies on the training part (a pixel that is always blank) has no scale:
+    it is set to 0 everywhere, rather than divided by almost nothing.
+
+    Args:
+        train: (samples, features), fixes the shift and the scale.
+        others: arrays with as many features, transformed alike.
+    """
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    scale = np.divide(1.0, std, out=np.zeros_like(std), where=std > 0)
+    return tuple(((x - mean) * scale).astype(np.float32) for x in (train, *others))
+
+
+def digits(
+    scale: str = "standard",
+    *,
+    n_train: int | None = None,
+    seed: int = 0,
+    random_labels: bool = False,
+) -> Split:
+    """scikit-learn's 1797 handwritten digits, 8×8 pixels, 10 classes.
+
+    Args:
+        scale: "standard" (each pixel mean 0, standard deviation 1 over the training part), "unit"
+            (0 to 1) or "raw" (0 to 16, as stored).
+        n_train: keep this many training samples (at most 1437); None keeps all.
+        seed: of the shuffle that makes the split.
+        random_labels: replace the training labels by random ones: nothing can be learnt from
+            them, only memorised.
+
+    Raises:
+        ValueError: an unknown scale, or n_train out of range.
+    """
+    from sklearn.datasets import load_digits
+
+    if scale not in ("standard", "unit", "raw"):
+        raise ValueError(f"scale must be 'standard', 'unit' or 'raw', got {scale!r}")
+    if n_train is not None and not 1 <= n_train <= N_TRAIN:
+        raise ValueError(f"n_train must be between 1 and {N_TRAIN}, got {n_train!r}")
+    x, y = load_digits(return_X_y=True)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(x))
+    x, y = x[order].astype(np.float32), y[order].astype(np.int64)
+    x_train, x_test = x[:N_TRAIN], x[N_TRAIN:]
+    if scale == "standard":
+        x_train, x_test = standardize(x_train, x_test)
+    elif scale == "unit":
+        x_train, x_test = x_train / 16, x_test / 16
+    y_train, y_test = y[:N_TRAIN], y[N_TRAIN:]
+    if random_labels:
+        y_train = rng.integers(0, 10, len(y_train))
+    return Split(x_train[:n_train], y_train[:n_train], x_test, y_test)
+
+
+def mnist() -> Split:
+    """MNIST through Keras's loader: 60 000 + 10 000 digits of 28×28 pixels, scaled to [0, 1].
+
+    The first call downloads 11 MB into Keras's cache.
+
+    Raises:
+        DataUnavailable: there is no network and no cached copy; the message points to `digits`.
+    """
+    from gradlab.keras import keras
+
+    try:
+        (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
+    except Exception as error:  # the loader raises whatever the transport raised
+        raise DataUnavailable(
+            f"MNIST could not be downloaded ({error}). Every experiment of the book also runs on "
+            "gradlab.data.digits(), which needs no network."
+        ) from error
+
+    def flatten(x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(x), -1).astype(np.float32) / 255
+
+    return Split(
+        flatten(x_train), y_train.astype(np.int64), flatten(x_test), y_test.astype(np.int64)
+    )
+
+
+def stocks(field: str = "adj_close") -> tuple[np.ndarray, np.ndarray]:
+    """Daily prices of Google's share, 2004 to 2008, as shipped with matplotlib.
+
+    Args:
+        field: "open", "high", "low", "close", "adj_close" (US dollars) or "volume" (shares).
+
+    Returns:
+        dates (days,), datetime64[D], ascending; values (days,), float64.
+
+    Raises:
+        ValueError: an unknown field.
+    """
+    from matplotlib import cbook
+
+    table = cbook.get_sample_data("goog.npz")["price_data"]
+    fields = [name for name in table.dtype.names if name != "date"]
+    if field not in fields:
+        raise ValueError(f"field must be one of {fields}, got {field!r}")
+    order = np.argsort(table["date"])
+    return table["date"][order].astype("datetime64[D]"), table[field][order].astype(np.float64)
+
+
+def blobs(
+    n: int = 1000,
+    *,
+    features: int = 10,
+    classes: int = 10,
+    separation: float = 3.0,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> Split:
+    """Gaussian clouds of unit variance, one per class, around random centres.
+
+    Args:
+        n: samples in all.
+        features: dimensions.
+        classes: number of clouds.
+        separation: standard deviation of the centres' coordinates, in units of a cloud's own.
+        test_fraction: share of the samples that becomes the test part.
+        seed: of centres, samples and split.
+
+    Raises:
+        ValueError: fewer than two samples a class, or a test fraction that leaves a part empty.
+    """
+    if classes < 1 or features < 1 or n < 2 * classes:
+        raise ValueError(
+            f"need n ≥ 2 × classes ≥ 2 and features ≥ 1, got n={n}, classes={classes}, "
+            f"features={features}"
+        )
+    n_test = round(n * test_fraction)
+    if not 0 < n_test < n:
+        raise ValueError(f"test_fraction must leave samples on both sides, got {test_fraction!r}")
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(0, separation, (classes, features))
+    y = rng.permutation(np.arange(n) % classes)
+    x = (centres[y] + rng.normal(size=(n, features))).astype(np.float32)
+    return Split(x[n_test:], y[n_test:], x[:n_test], y[:n_test])

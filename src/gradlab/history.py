@@ -1,0 +1,217 @@
+"""What a probe records: the gradient norm of every parameter at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class NonFinite(NamedTuple):
+    """Where a gradient first stopped being a number."""
+
+    step: int
+    name: str
+
+
+@dataclass(frozen=True)
+class GradientHistory:
+    """Gradient norms of a run, steps × parameters.
+
+    Attributes:
+        steps: (steps,), int64, the optimiser steps recorded, ascending.  Shorter than the run
+            when the probe's capacity was: then the last ones.
+        names: the parameters, in the model's order.
+        norms: (steps, parameters), float64, L2 norms before any clipping by the probe.  NaN where
+            a gradient held a NaN, inf where it held an inf or its norm overflowed; NaN too for a
+            parameter that had no gradient at that step, see `present`.
+        present: (steps, parameters), bool: whether the parameter had a gradient.
+        total: (steps,), the norm over all parameters.
+        clipped_total: (steps,), the total norm after the probe clipped; equal to `total` at a
+            step that it left alone.
+        skipped: (steps,), bool: steps that the probe kept from the optimiser.
+        first_nonfinite: the first bad step of the whole run and its first bad parameter, even
+            if that step is no longer among the recorded ones; None if there was none.
+    """
+
+    steps: np.ndarray
+    names: list[str]
+    norms: np.ndarray
+    present: np.ndarray = field(repr=False)
+    clipped_total: np.ndarray = field(repr=False)
+    skipped: np.ndarray = field(repr=False)
+    first_nonfinite: NonFinite | None = None
+    update_ratios: np.ndarray | None = field(default=None, repr=False)
+    activations: np.ndarray | None = field(default=None, repr=False)
+    activation_names: list[str] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.steps), len(self.names))
+        for name in ("norms", "present"):
+            if getattr(self, name).shape != shape:
+                raise ValueError(
+                    f"{name} has shape {getattr(self, name).shape}, expected {shape} "
+                    "(steps, parameters)"
+                )
+
+    @property
+    def total(self) -> np.ndarray:
+        """(steps,), the L2 norm over all parameters that had a gradient."""
+        squares = np.where(self.present, self.norms, 0.0)
+        largest = np.abs(squares).max(axis=1, initial=0.0, keepdims=True)
+        # Scaled, so that a norm whose square overflows does not: 1e200 is a number.
+        scale = np.where(np.isfinite(largest) & (largest > 0), largest, 1.0)
+        with np.errstate(invalid="ignore"):
+            return scale[:, 0] * np.sqrt(((squares / scale) ** 2).sum(axis=1))
+
+    def save(self, path: str | Path) -> Path:
+        """Write to an .npz file, at once or not at all.
+
+        Args:
+            path: the file; its folder must exist.
+
+        Returns:
+            The path written.
+        """
+        path = Path(path)
+        arrays = {
+            name: getattr(self, name)
+            for name in ("steps", "norms", "present", "clipped_total", "skipped")
+        }
+        for name in ("update_ratios", "activations"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
+        about = {
+            "names": self.names,
+            "activation_names": self.activation_names,
+            "first_nonfinite": self.first_nonfinite,
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, about=np.array(json.dumps(about)), **arrays)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> GradientHistory:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is no saved history.
+            OSError: it cannot be read.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            about = json.loads(str(arrays.pop("about")))
+            bad = about.pop("first_nonfinite")
+            return cls(**arrays, **about, first_nonfinite=NonFinite(*bad) if bad else None)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no saved GradientHistory: {error}") from error
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain Python values: step by step, `{"grad_norm/<name>": …, "grad_norm/total": …}`."""
+        total = self.total
+        rows = []
+        for i, step in enumerate(self.steps):
+            row: dict[str, object] = {"step": int(step), "skipped": bool(self.skipped[i])}
+            row |= {
+                f"grad_norm/{name}": float(norm)
+                for name, norm, here in zip(self.names, self.norms[i], self.present[i], strict=True)
+                if here
+            }
+            row["grad_norm/total"] = float(total[i])
+            row["grad_norm/clipped_total"] = float(self.clipped_total[i])
+            rows.append(row)
+        return {"first_nonfinite": self.first_nonfinite, "steps": rows}
+
+    def plot(self, axis=None, **keywords: object):
+        """Draw parameter × step as a heat map; see `gradlab.plot.history`."""
+        from gradlab import plot
+
+        return plot.history(self, axis, **keywords)
+
+
+class Recorder:
+    """The ring that a probe writes to, row by row; framework-free.
+
+    Args:
+        names: the parameters.
+        capacity: rows kept, ≥ 1; older ones are overwritten.
+    """
+
+    def __init__(self, names: list[str], capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity!r}")
+        self.names, self.capacity = list(names), capacity
+        self.count = 0
+        self.first_nonfinite: NonFinite | None = None
+        self._steps = np.zeros(capacity, np.int64)
+        self._norms = np.full((capacity, len(names)), np.nan)
+        self._present = np.zeros((capacity, len(names)), bool)
+        self._clipped = np.zeros(capacity)
+        self._skipped = np.zeros(capacity, bool)
+        self._ratios: np.ndarray | None = None
+        self._activations: np.ndarray | None = None
+        self._activation_names: list[str] = []
+
+    def add(
+        self,
+        step: int,
+        norms: np.ndarray,
+        present: np.ndarray,
+        *,
+        clipped_total: float,
+        skipped: bool = False,
+        update_ratios: np.ndarray | None = None,
+        activations: dict[str, float] | None = None,
+    ) -> None:
+        """Record one step: norms (parameters,), which of them are present (parameters,)."""
+        row = self.count % self.capacity
+        self._steps[row], self._norms[row], self._present[row] = step, norms, present
+        self._clipped[row], self._skipped[row] = clipped_total, skipped
+        if update_ratios is not None:
+            if self._ratios is None:
+                self._ratios = np.full_like(self._norms, np.nan)
+            self._ratios[row] = update_ratios
+        elif self._ratios is not None:
+            self._ratios[row] = np.nan
+        if activations:
+            if self._activations is None:
+                self._activation_names = list(activations)
+                self._activations = np.full((self.capacity, len(activations)), np.nan)
+            self._activations[row] = [activations.get(k, np.nan) for k in self._activation_names]
+        bad = present & ~np.isfinite(norms)
+        if self.first_nonfinite is None and bad.any():
+            self.first_nonfinite = NonFinite(int(step), self.names[int(np.argmax(bad))])
+        self.count += 1
+
+    def history(self) -> GradientHistory:
+        """What has been recorded so far, as copies."""
+        kept = min(self.count, self.capacity)
+        order = (np.arange(kept) + self.count - kept) % self.capacity
+
+        def rows(ring: np.ndarray | None) -> np.ndarray | None:
+            return None if ring is None else ring[order]
+
+        return GradientHistory(
+            steps=rows(self._steps),
+            names=list(self.names),
+            norms=rows(self._norms),
+            present=rows(self._present),
+            clipped_total=rows(self._clipped),
+            skipped=rows(self._skipped),
+            first_nonfinite=self.first_nonfinite,
+            update_ratios=rows(self._ratios),
+            activations=rows(self._activations),
+            activation_names=list(self._activation_names),
+        )

@@ -1,0 +1,141 @@
+"""The multilayer perceptron of the book: its specification and its initial weights, in NumPy.
+
+PyTorch, Keras and NumPy build the same network from an `MLPSpec`, and load the same weights:
+a dict from name to array, with matrices of shape (fan_in, fan_out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from gradlab import theory
+
+NORMALIZATIONS = (None, "batch", "layer")
+INITIALIZATIONS = ("normal", "orthogonal", "zeros")
+EPSILON = 1e-5
+"""ε of the normalisation layers, the same on both sides (the frameworks' defaults differ)."""
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """What network to build.
+
+    The network is `depth` hidden layers and a linear output layer.  A hidden layer is
+    `activation(normalization(x @ weight + bias))`, to which `skip` adds its own input, scaled:
+    `x + skip · layer(x)`, wherever both have the same width.
+
+    Attributes:
+        features: input width.
+        classes: output width.
+        width: width of every hidden layer.
+        depth: number of hidden layers, ≥ 0.
+        activation: a name that `theory.activation` knows.
+        gain: standard deviation of a hidden layer's weights × √fan-in; None takes the
+            activation's critical gain (√2 for ReLU).
+        output_gain: the same for the output layer.
+        initialization: "normal", "orthogonal" (gain × orthonormal) or "zeros".
+        normalization: None, "batch" or "layer", before the activation.
+        skip: None for no skip connections, else the factor on the layer's branch.
+        bias: whether layers have biases; they start at 0.
+
+    Raises:
+        ValueError: a field out of its range; the message names it.
+    """
+
+    features: int
+    classes: int
+    width: int = 64
+    depth: int = 2
+    activation: str = "relu"
+    gain: float | None = None
+    output_gain: float = 1.0
+    initialization: str = "normal"
+    normalization: str | None = None
+    skip: float | None = None
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("features", 1), ("classes", 1), ("width", 1), ("depth", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        theory.activation(self.activation)
+        if self.gain is not None and not self.gain >= 0:
+            raise ValueError(f"gain must be a number ≥ 0 or None, got {self.gain!r}")
+        for name, allowed in (
+            ("normalization", NORMALIZATIONS),
+            ("initialization", INITIALIZATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(fan_in, fan_out) of every linear layer, the output layer last."""
+        widths = [self.features, *[self.width] * self.depth, self.classes]
+        return list(pairwise(widths))
+
+    def has_skip(self, layer: int) -> bool:
+        """Whether hidden layer number `layer` adds its input."""
+        fan_in, fan_out = self.sizes[layer]
+        return self.skip is not None and fan_in == fan_out
+
+
+def layer_names(spec: MLPSpec) -> list[str]:
+    """Names of the linear layers: "hidden0", "hidden1", …, "output"."""
+    return [*(f"hidden{i}" for i in range(spec.depth)), "output"]
+
+
+def _matrix(spec: MLPSpec, shape: tuple[int, int], gain: float, rng) -> np.ndarray:
+    fan_in, fan_out = shape
+    if spec.initialization == "zeros":
+        return np.zeros(shape)
+    draw = rng.normal(size=(max(shape), min(shape)))
+    if spec.initialization == "normal":
+        return draw.reshape(shape) * gain / np.sqrt(fan_in)
+    q, r = np.linalg.qr(draw)
+    q = q * np.sign(np.diag(r))  # makes the draw uniform over the orthogonal group
+    return gain * (q if fan_in >= fan_out else q.T)
+
+
+def initial_weights(spec: MLPSpec, seed: int | np.random.Generator = 0) -> dict[str, np.ndarray]:
+    """Random initial weights of a network, float64.
+
+    Args:
+        spec: the network.
+        seed: a seed, or a generator to draw from.
+
+    Returns:
+        "hidden0.weight" (fan_in, fan_out), "hidden0.bias" (fan_out,), for a normalised layer
+        "hidden0.scale" and "hidden0.shift" (fan_out,), and so on to "output.bias".
+    """
+    rng = np.random.default_rng(seed)
+    gain = theory.critical_gain(spec.activation) if spec.gain is None else spec.gain
+    weights: dict[str, np.ndarray] = {}
+    for name, shape in zip(layer_names(spec), spec.sizes, strict=True):
+        is_output = name == "output"
+        weights[f"{name}.weight"] = _matrix(
+            spec, shape, spec.output_gain if is_output else gain, rng
+        )
+        if spec.bias:
+            weights[f"{name}.bias"] = np.zeros(shape[1])
+        if spec.normalization and not is_output:
+            weights[f"{name}.scale"] = np.ones(shape[1])
+            weights[f"{name}.shift"] = np.zeros(shape[1])
+    return weights
+
+
+def check_weights(weights: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise a ValueError that names every array which is missing, unexpected or misshapen."""
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {np.shape(weights[name])}, expected {shape}"
+        for name, shape in expected.items()
+        if name in weights and np.shape(weights[name]) != shape
+    ]
+    if problems:
+        raise ValueError("these weights do not fit the network: " + "; ".join(problems))

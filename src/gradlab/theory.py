@@ -1,0 +1,275 @@
+"""Predictions, made before anything is measured: mean field, growth factors, stability limits.
+
+A wide random network is, layer by layer, a sum of many independent terms, so its pre-activations
+are Gaussian and one number, their variance q, describes a layer.  With weights of variance
+σ_w²/fan-in, biases of variance σ_b² and activation φ,
+
+    q'  = σ_w² E[φ(√q z)²] + σ_b²         variance of the next layer's pre-activations
+    χ   = σ_w² E[φ'(√q z)²]               growth of the squared gradient norm, per layer, backwards
+
+with z a standard normal number (Poole et al. 2016; Schoenholz et al. 2017).  Norms grow by √χ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, special
+
+ArrayFunction = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function with its derivative, both elementwise on arrays."""
+
+    name: str
+    f: ArrayFunction
+    df: ArrayFunction
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.f(x)
+
+
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+_SQRT_2PI = np.sqrt(2 * np.pi)
+
+
+def _elu(x: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+
+
+def _elu_slope(x: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    return np.where(x > 0, 1.0, alpha * np.exp(np.minimum(x, 0)))
+
+
+def _gelu_slope(x: np.ndarray) -> np.ndarray:
+    return special.ndtr(x) + x * np.exp(-x * x / 2) / _SQRT_2PI
+
+
+def _silu_slope(x: np.ndarray) -> np.ndarray:
+    s = special.expit(x)
+    return s * (1 + x * (1 - s))
+
+
+_ACTIVATIONS = {
+    "linear": (lambda x: np.asarray(x, float), lambda x: np.ones_like(x, dtype=float)),
+    "relu": (lambda x: np.maximum(x, 0), lambda x: np.where(x > 0, 1.0, 0.0)),
+    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
+    "sigmoid": (special.expit, lambda x: special.expit(x) * special.expit(-x)),
+    "gelu": (lambda x: x * special.ndtr(x), _gelu_slope),
+    "silu": (lambda x: x * special.expit(x), _silu_slope),
+    "softplus": (lambda x: np.logaddexp(0, x), special.expit),
+    "elu": (_elu, _elu_slope),
+    "selu": (
+        lambda x: _SELU_SCALE * _elu(x, _SELU_ALPHA),
+        lambda x: _SELU_SCALE * _elu_slope(x, _SELU_ALPHA),
+    ),
+}
+
+
+def leaky_relu(slope: float = 0.01) -> Activation:
+    """x for x > 0 and slope·x elsewhere."""
+    return Activation(
+        f"leaky_relu({slope:g})",
+        lambda x: np.where(x > 0, x, slope * x),
+        lambda x: np.where(x > 0, 1.0, slope),
+    )
+
+
+def activation(which: str | ArrayFunction | Activation) -> Activation:
+    """An activation by name, or any elementwise function.
+
+    Args:
+        which: a name ("relu", "tanh", …), an `Activation`, or a function of an array.  A
+            function's derivative is taken by central differences (error about 1e-10).
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(which, Activation):
+        return which
+    if isinstance(which, str):
+        if which == "leaky_relu":
+            return leaky_relu()
+        if which not in _ACTIVATIONS:
+            raise ValueError(f"unknown activation {which!r}; known: {activation_names()}")
+        return Activation(which, *_ACTIVATIONS[which])
+    if callable(which):
+        h = 1e-5  # near the cube root of the machine epsilon: rounding and truncation balance
+        return Activation(
+            getattr(which, "__name__", "custom"),
+            which,
+            lambda x: (which(x + h) - which(x - h)) / (2 * h),
+        )
+    raise TypeError(f"activation must be a name or a function of an array, got {which!r}")
+
+
+def activation_names() -> list[str]:
+    """Names that `activation` knows."""
+    return sorted([*_ACTIVATIONS, "leaky_relu"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Mean field
+
+# Gauss–Legendre on each side of 0 rather than Gauss–Hermite across it: most activations of today
+# have a kink at 0, at which a rule that assumes one smooth function converges slowly.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
+_Z = 6.0 * (_NODES + 1)  # (0, 12): beyond 12 standard deviations lies 1e-33 of the mass
+_Z = np.concatenate([-_Z[::-1], _Z])
+_MASS = 6.0 * np.concatenate([_WEIGHTS[::-1], _WEIGHTS]) * np.exp(-(_Z**2) / 2) / _SQRT_2PI
+
+
+def gaussian_mean(f: ArrayFunction, q: float = 1.0) -> float:
+    """E[f(√q z)] over a standard normal z, by quadrature.
+
+    Args:
+        f: elementwise function, smooth on either side of 0.
+        q: variance, ≥ 0.
+
+    Raises:
+        ValueError: a negative or non-finite variance.
+    """
+    if not (np.isfinite(q) and q >= 0):
+        raise ValueError(f"the variance q must be finite and ≥ 0, got {q!r}")
+    return float(_MASS @ f(np.sqrt(q) * _Z))
+
+
+def variance_map(
+    q: float, which: str | ArrayFunction | Activation, sigma_w: float, sigma_b: float = 0.0
+) -> float:
+    """Variance of the next layer's pre-activations: σ_w² E[φ(√q z)²] + σ_b².
+
+    Args:
+        q: variance of this layer's pre-activations.
+        which: the activation φ, see `activation`.
+        sigma_w: gain: weights have standard deviation sigma_w/√fan-in.
+        sigma_b: standard deviation of the biases.
+    """
+    phi = activation(which)
+    return sigma_w**2 * gaussian_mean(lambda x: phi.f(x) ** 2, q) + sigma_b**2
+
+
+def fixed_point(
+    which: str | ArrayFunction | Activation,
+    sigma_w: float,
+    sigma_b: float = 0.0,
+    *,
+    q0: float = 1.0,
+) -> float:
+    """The variance q* at which a deep network's pre-activations settle.
+
+    Args:
+        which: the activation.
+        sigma_w: gain, > 0.
+        sigma_b: standard deviation of the biases.
+        q0: variance of the first layer.  It matters where q* depends on the start: a ReLU network
+            at its critical gain keeps the variance that it is given.
+
+    Returns:
+        q*, which is 0 when the signal dies out and inf when it grows without bound.
+    """
+    if not sigma_w > 0 or sigma_b < 0 or not q0 > 0:
+        raise ValueError(
+            f"need sigma_w > 0, sigma_b ≥ 0 and q0 > 0, got {sigma_w!r}, {sigma_b!r}, {q0!r}"
+        )
+    phi = activation(which)
+
+    def drift(log_q: float) -> float:
+        q = np.exp(log_q)
+        return variance_map(q, phi, sigma_w, sigma_b) / q - 1
+
+    # The variance walks from q0 up or down until the drift changes sign.  Doubling or halving
+    # q brackets that point in as many steps as the answer has binary digits of distance.
+    here = np.log(q0)
+    slope = drift(here)
+    if abs(slope) < 1e-9:
+        return float(q0)
+    step = np.log(2) * np.sign(slope)
+    while abs(here) < 60:
+        if drift(here + step) * slope <= 0:
+            low, high = sorted((here, here + step))
+            return float(np.exp(optimize.brentq(drift, low, high, xtol=1e-13)))
+        here += step
+    return float("inf") if step > 0 else 0.0
+
+
+def chi(
+    which: str | ArrayFunction | Activation,
+    sigma_w: float,
+    sigma_b: float = 0.0,
+    *,
+    q: float | None = None,
+) -> float:
+    """χ = σ_w² E[φ'(√q z)²]: growth of the squared gradient norm per layer, going backwards.
+
+    Args:
+        which: the activation.
+        sigma_w: gain.
+        sigma_b: standard deviation of the biases.
+        q: variance of the pre-activations; None uses the fixed point.  Where that is 0 or
+            infinite, χ is its limit there.
+
+    Returns:
+        χ ≥ 0; gradients explode with depth when χ > 1 and vanish when χ < 1.
+    """
+    phi = activation(which)
+    if q is None:
+        q = np.clip(fixed_point(phi, sigma_w, sigma_b), 1e-24, 1e24)
+    return sigma_w**2 * gaussian_mean(lambda x: phi.df(x) ** 2, float(q))
+
+
+def growth_factor(
+    which: str | ArrayFunction | Activation,
+    sigma_w: float,
+    sigma_b: float = 0.0,
+    *,
+    q: float | None = None,
+) -> float:
+    """√χ: growth of the gradient's norm per layer, going backwards; see `chi`."""
+    return float(np.sqrt(chi(which, sigma_w, sigma_b, q=q)))
+
+
+def critical_gain(which: str | ArrayFunction | Activation) -> float:
+    """The gain at which a small signal's gradient neither grows nor shrinks: 1/√E[φ'²] near 0.
+
+    √2 for ReLU (He et al. 2015), 1 for tanh and linear layers, 4 for the sigmoid.
+    """
+    phi = activation(which)
+    return 1 / np.sqrt(gaussian_mean(lambda x: phi.df(x) ** 2, 1e-12))
+
+
+# ---------------------------------------------------------------------------------------------
+# Step size
+
+
+def stability_limit(method: str = "gradient descent", momentum: float = 0.0) -> float:
+    """Largest learning rate × curvature at which a method is stable on a quadratic.
+
+    Args:
+        method: "gradient descent" (2), "momentum" (Polyak's heavy ball, 2(1+β)) or "nesterov"
+            (2(1+β)/(1+2β)).
+        momentum: β, 0 ≤ β < 1; gradient descent takes none.
+
+    Returns:
+        The limit of lr·λ, λ being the largest eigenvalue of the Hessian.
+
+    Raises:
+        ValueError: an unknown method, or a momentum out of range.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
+    match method:
+        case "gradient descent":
+            if momentum:
+                raise ValueError(f"gradient descent has no momentum, got {momentum!r}")
+            return 2.0
+        case "momentum":
+            return 2 * (1 + momentum)
+        case "nesterov":
+            return 2 * (1 + momentum) / (1 + 2 * momentum)
+    raise ValueError(f"method must be 'gradient descent', 'momentum' or 'nesterov', got {method!r}")
