@@ -1,0 +1,207 @@
+"""The ledger of claims: `{claims-ledger}` renders it, {claim}`A3.2` links to a row of it.
+
+The statements come from `book/claims.yml`, the verdicts from the executed notebooks of this build,
+so the page cannot say what no cell decided.  The table is laid out when the page is read; the
+verdicts are filled in when it is written, after every notebook has been read.  A claim of an
+existing chapter without exactly one verdict is a warning, and warnings fail the build.
+
+Also writes `_build/ledger.json`: `{id: {verdict, chapter, notebook}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+from docutils import nodes
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+from sphinx.util.nodes import make_refnode
+
+import executed
+from gradlab import claims as registry
+
+LOGGER = logging.getLogger(__name__)
+
+REGISTRY = Path("book/claims.yml")
+OPEN = "open"  # the word for a claim whose chapter is not written yet
+HEADERS = ("ID", "What is claimed", "Verdict", "What is so")
+WIDTHS = (6, 38, 14, 42)
+
+
+def anchor(claim_id: str) -> str:
+    """The HTML id of a claim's row."""
+    return f"claim-{claim_id}"
+
+
+class Slot(nodes.General, nodes.Element):
+    """A place that is filled once every verdict is known: `fill` says with what."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading: the table without its verdicts
+
+
+class ClaimsLedger(SphinxDirective):
+    """`{claims-ledger}`: a summary, then one table per article."""
+
+    def run(self) -> list[nodes.Node]:
+        path = Path(self.env.srcdir) / REGISTRY
+        self.env.note_dependency(str(path))
+        self.env.ledger_page = self.env.docname
+        found: list[nodes.Node] = [Slot(fill="summary")]
+        by_article: dict[int, list[registry.Claim]] = {}
+        for claim in registry.load(path).values():
+            by_article.setdefault(claim.article, []).append(claim)
+        for article, claims in sorted(by_article.items()):
+            section = nodes.section(ids=[f"article-{article}"], names=[f"article {article}"])
+            section += nodes.title("", f"Article {article}")
+            section += nodes.container("", self.table(claims), classes=["ledger-scroll"])
+            found.append(section)
+        return found
+
+    def table(self, claims: list[registry.Claim]) -> nodes.table:
+        table = nodes.table(classes=["ledger"])
+        group = nodes.tgroup(cols=len(HEADERS))
+        group += [nodes.colspec(colwidth=width) for width in WIDTHS]
+        head, body = nodes.thead(), nodes.tbody()
+        head += nodes.row("", *(nodes.entry("", nodes.paragraph("", text)) for text in HEADERS))
+        for claim in claims:
+            row = nodes.row(ids=[anchor(claim.id)])
+            row += nodes.entry("", nodes.paragraph("", "", nodes.strong("", claim.id)))
+            row += nodes.entry("", self.text(claim.statement))
+            row += nodes.entry("", Slot(fill="verdict", claim=claim.id, chapter=claim.chapter))
+            row += nodes.entry("", self.text(claim.correction))
+            body += row
+        group += [head, body]
+        table += group
+        return table
+
+    def text(self, markdown: str) -> nodes.paragraph:
+        """A statement's inline markup."""
+        children, messages = self.state.inline_text(" ".join(markdown.split()), self.lineno)
+        return nodes.paragraph("", "", *children, *messages)
+
+
+class ClaimRole(SphinxRole):
+    """{claim}`A3.2` links to the claim's row."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        from sphinx.addnodes import pending_xref
+
+        reference = pending_xref(
+            "", nodes.inline("", self.text), reftype="claim", refdomain="", reftarget=self.text,
+            refdoc=self.env.docname, refwarn=True,
+        )  # fmt: skip
+        self.set_source_info(reference)
+        return [reference], []
+
+
+def resolve_claim(app, env, node, contnode):
+    """The link of a `{claim}` role; None, hence a warning, when there is no such claim."""
+    page = getattr(env, "ledger_page", None)
+    claim_id = node.get("reftarget")
+    if node.get("reftype") != "claim" or page is None:
+        return None
+    if claim_id not in registry.load(Path(app.srcdir) / REGISTRY):
+        return None
+    return make_refnode(app.builder, node["refdoc"], page, anchor(claim_id), contnode, claim_id)
+
+
+# ---------------------------------------------------------------------------------------------
+# After reading: the verdicts
+
+
+def depend_on_execution(app, doctree) -> None:
+    """Read a notebook's page again whenever the notebook has been executed again."""
+    path = Path(app.env.doc2path(app.env.docname))
+    if path.suffix == ".ipynb":
+        cache = executed.cache_of(Path(app.srcdir))
+        if record := executed.record_of(path, cache):
+            app.env.note_dependency(str(executed.result_file(record, cache)))
+
+
+def collect(app, env) -> list[str]:
+    """Take the verdicts from the executed notebooks; the ledger's page is written every time."""
+    page = getattr(env, "ledger_page", None)
+    if page is None or page not in env.found_docs:
+        return []
+    root = Path(app.srcdir)
+    cache = executed.cache_of(root)
+    copies = []
+    for name in sorted(env.found_docs):
+        path = Path(env.doc2path(name))
+        if path.suffix != ".ipynb":
+            continue
+        copy = root / "_build" / "executed" / f"{name}.ipynb"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            nbformat.write(executed.executed(path, cache), copy)
+        except KeyError:
+            LOGGER.warning("not executed: no result in the cache", location=name)
+            continue
+        copies.append(copy)
+    claims = registry.load(root / REGISTRY)
+    ledger, problems = registry.collect(copies, claims)
+    for problem in problems:
+        LOGGER.warning("claims: %s", problem, location=page)
+    (root / "_build" / "ledger.json").write_text(json.dumps(ledger, indent=1) + "\n")
+    app.ledger = ledger
+    return [page]
+
+
+def fill_slots(app, doctree, docname) -> None:
+    """Put the verdicts where the table waits for them."""
+    for slot in list(doctree.findall(Slot)):
+        if slot["fill"] == "summary":
+            claims = registry.load(Path(app.srcdir) / REGISTRY)
+            slot.replace_self(summary(app.ledger, len(claims)))
+        else:
+            decided = app.ledger.get(slot["claim"])
+            word = decided["verdict"] if decided else OPEN
+            slot.replace_self([badge(word), chapter(app, docname, slot["chapter"])])
+
+
+def summary(ledger: dict[str, dict[str, str]], total: int) -> nodes.paragraph:
+    """How many claims are decided, with which word, and how many are open."""
+    counts = Counter(row["verdict"] for row in ledger.values())
+    words = [word for kind in registry.WORDS.values() for word in kind]
+    parts = [f"{counts[word]} {word}" for word in dict.fromkeys(words) if counts[word]]
+    parts.append(f"{total - len(ledger)} {OPEN}")
+    text = f" of {total} statements are decided so far: {', '.join(parts)}."
+    paragraph = nodes.paragraph(classes=["ledger-summary"])
+    paragraph += [nodes.strong("", str(len(ledger))), nodes.Text(text)]
+    return paragraph
+
+
+def badge(word: str) -> nodes.paragraph:
+    classes = ["verdict-badge", f"verdict-badge-{word}"]
+    return nodes.paragraph("", "", nodes.inline("", word, classes=classes))
+
+
+def chapter(app, docname: str, name: str) -> nodes.paragraph:
+    """The chapter that decides a claim: a link when it exists, else its name."""
+    paragraph = nodes.paragraph(classes=["ledger-chapter"])
+    for candidate in (f"notebooks/{name}", f"book/{name}"):
+        if candidate in app.env.found_docs:
+            title = app.env.titles[candidate].astext()
+            uri = app.builder.get_relative_uri(docname, candidate)
+            paragraph += nodes.reference("", title, refuri=uri, internal=True)
+            return paragraph
+    paragraph += nodes.Text(re.sub(r"^\d+_", "", name).replace("_", " ") + ", to come")
+    return paragraph
+
+
+def setup(app):
+    app.add_node(Slot)
+    app.add_directive("claims-ledger", ClaimsLedger)
+    app.add_role("claim", ClaimRole())
+    app.connect("doctree-read", depend_on_execution)
+    app.connect("env-updated", collect)
+    app.connect("doctree-resolved", fill_slots)
+    app.connect("missing-reference", resolve_claim)
+    # One environment per process keeps the page's name; reading in parallel would lose it.
+    return {"parallel_read_safe": False, "parallel_write_safe": True, "env_version": 1}
