@@ -27,24 +27,29 @@ class GradientHistory:
         steps: (steps,), int64, the optimiser steps recorded, ascending.  Shorter than the run
             when the probe's capacity was: then the last ones.
         names: the parameters, in the model's order.
-        norms: (steps, parameters), float64, L2 norms before any clipping by the probe.  NaN where
-            a gradient held a NaN, inf where it held an inf or its norm overflowed; NaN too for a
-            parameter that had no gradient at that step, see `present`.
+        norms: (steps, parameters), float64, L2 norms before any clipping by the probe.  NaN or inf
+            where a gradient held one; NaN too for a parameter that had no gradient at that step,
+            see `present`.
         present: (steps, parameters), bool: whether the parameter had a gradient.
         total: (steps,), the norm over all parameters.
-        clipped_total: (steps,), the total norm after the probe clipped; equal to `total` at a
-            step that it left alone.
         skipped: (steps,), bool: steps that the probe kept from the optimiser.
+        clipped_total: (steps,), the total norm after the probe's own `clip_`, equal to `total` at
+            a step that it left alone; None for a probe that does not clip.
         first_nonfinite: the first bad step of the whole run and its first bad parameter, even
             if that step is no longer among the recorded ones; None if there was none.
+        update_ratios: (steps, parameters), ‖Δw‖/‖w‖ of the steps at which the probe measured it
+            and NaN elsewhere; None if it never did.
+        activations: (steps, modules), largest absolute output of each module in the forward pass
+            before the step; None unless the probe was asked for it.
+        activation_names: the modules.
     """
 
     steps: np.ndarray
     names: list[str]
     norms: np.ndarray
     present: np.ndarray = field(repr=False)
-    clipped_total: np.ndarray = field(repr=False)
     skipped: np.ndarray = field(repr=False)
+    clipped_total: np.ndarray | None = field(default=None, repr=False)
     first_nonfinite: NonFinite | None = None
     update_ratios: np.ndarray | None = field(default=None, repr=False)
     activations: np.ndarray | None = field(default=None, repr=False)
@@ -79,11 +84,8 @@ class GradientHistory:
             The path written.
         """
         path = Path(path)
-        arrays = {
-            name: getattr(self, name)
-            for name in ("steps", "norms", "present", "clipped_total", "skipped")
-        }
-        for name in ("update_ratios", "activations"):
+        arrays = {name: getattr(self, name) for name in ("steps", "norms", "present", "skipped")}
+        for name in ("clipped_total", "update_ratios", "activations"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         about = {
@@ -130,7 +132,8 @@ class GradientHistory:
                 if here
             }
             row["grad_norm/total"] = float(total[i])
-            row["grad_norm/clipped_total"] = float(self.clipped_total[i])
+            if self.clipped_total is not None:
+                row["grad_norm/clipped_total"] = float(self.clipped_total[i])
             rows.append(row)
         return {"first_nonfinite": self.first_nonfinite, "steps": rows}
 
@@ -141,8 +144,18 @@ class GradientHistory:
         return plot.history(self, axis, **keywords)
 
 
+def ring_order(count: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """How to read a ring of `capacity` rows after `count` of them were written.
+
+    Returns:
+        order (kept,): the rows, oldest first; and (kept,), the number of each, counted from 0.
+    """
+    numbers = np.arange(max(0, count - capacity), count)
+    return numbers % capacity, numbers
+
+
 class Recorder:
-    """The ring that a probe writes to, row by row; framework-free.
+    """The ring that a probe in Python writes to, row by row.
 
     Args:
         names: the parameters.
@@ -155,7 +168,6 @@ class Recorder:
         self.names, self.capacity = list(names), capacity
         self.count = 0
         self.first_nonfinite: NonFinite | None = None
-        self._steps = np.zeros(capacity, np.int64)
         self._norms = np.full((capacity, len(names)), np.nan)
         self._present = np.zeros((capacity, len(names)), bool)
         self._clipped = np.zeros(capacity)
@@ -166,24 +178,18 @@ class Recorder:
 
     def add(
         self,
-        step: int,
         norms: np.ndarray,
         present: np.ndarray,
         *,
         clipped_total: float,
         skipped: bool = False,
-        update_ratios: np.ndarray | None = None,
         activations: dict[str, float] | None = None,
     ) -> None:
-        """Record one step: norms (parameters,), which of them are present (parameters,)."""
+        """Record the next step: norms (parameters,), and which of them are present."""
         row = self.count % self.capacity
-        self._steps[row], self._norms[row], self._present[row] = step, norms, present
+        self._norms[row], self._present[row] = norms, present
         self._clipped[row], self._skipped[row] = clipped_total, skipped
-        if update_ratios is not None:
-            if self._ratios is None:
-                self._ratios = np.full_like(self._norms, np.nan)
-            self._ratios[row] = update_ratios
-        elif self._ratios is not None:
+        if self._ratios is not None:
             self._ratios[row] = np.nan
         if activations:
             if self._activations is None:
@@ -192,19 +198,24 @@ class Recorder:
             self._activations[row] = [activations.get(k, np.nan) for k in self._activation_names]
         bad = present & ~np.isfinite(norms)
         if self.first_nonfinite is None and bad.any():
-            self.first_nonfinite = NonFinite(int(step), self.names[int(np.argmax(bad))])
+            self.first_nonfinite = NonFinite(self.count, self.names[int(np.argmax(bad))])
         self.count += 1
+
+    def set_update_ratios(self, ratios: np.ndarray) -> None:
+        """‖Δw‖/‖w‖ (parameters,) of the step that was added last."""
+        if self._ratios is None:
+            self._ratios = np.full_like(self._norms, np.nan)
+        self._ratios[(self.count - 1) % self.capacity] = ratios
 
     def history(self) -> GradientHistory:
         """What has been recorded so far, as copies."""
-        kept = min(self.count, self.capacity)
-        order = (np.arange(kept) + self.count - kept) % self.capacity
+        order, steps = ring_order(self.count, self.capacity)
 
         def rows(ring: np.ndarray | None) -> np.ndarray | None:
             return None if ring is None else ring[order]
 
         return GradientHistory(
-            steps=rows(self._steps),
+            steps=steps,
             names=list(self.names),
             norms=rows(self._norms),
             present=rows(self._present),

@@ -1,0 +1,13 @@
+"""PyTorch side of gradlab: the same names as `gradlab.keras`."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "gradlab.torch needs PyTorch, which is not installed: pip install torch"
+    ) from error
+
+from gradlab.torch.models import MLP
+from gradlab.torch.probe import GradientProbe, NonFiniteGradientError
+
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError"]
