@@ -53,8 +53,10 @@ def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
         train: (samples, features), fixes the shift and the scale.
         others: arrays with as many features, transformed alike.
     """
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    scale = np.divide(1.0, std, out=np.zeros_like(std), where=std > 0)
+    # In float64: in float32 the mean of a constant misses it by a rounding error.
+    mean, std = train.mean(axis=0, dtype=float), train.std(axis=0, dtype=float)
+    varies = train.max(axis=0) > train.min(axis=0)
+    scale = np.divide(1.0, std, out=np.zeros_like(std), where=varies)
     return tuple(((x - mean) * scale).astype(np.float32) for x in (train, *others))
 
 
