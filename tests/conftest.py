@@ -1,0 +1,27 @@
+"""What all tests share: one quiet thread a framework, the build tools, and both frameworks."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+# Before any framework is imported: it reads these once.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TF_NUM_INTRAOP_THREADS="1",
+    TF_NUM_INTEROP_THREADS="1",
+    TF_CPP_MIN_LOG_LEVEL="3",
+    TF_ENABLE_ONEDNN_OPTS="0",
+    MPLBACKEND="Agg",
+)
+
+import pytest
+
+# The build tools are scripts and no package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+
+@pytest.fixture(scope="session", params=["torch", "keras"])
+def side(request):
+    """`gradlab.torch`, then `gradlab.keras`: the same names, so the same tests."""
+    return importlib.import_module(f"gradlab.{request.param}")
