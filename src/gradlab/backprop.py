@@ -58,37 +58,48 @@ class Tensor:
     def __repr__(self) -> str:
         return f"Tensor(shape={self.shape}, dtype={self.data.dtype})"
 
+    def _lift(self, other: object) -> Tensor:
+        """Make the other operand a tensor; a number takes this tensor's precision."""
+        if isinstance(other, Tensor):
+            return other
+        return Tensor(np.asarray(other, self.data.dtype) if np.isscalar(other) else other)
+
     # -- operations: a value, and how its gradient goes back to the inputs ---------------------
 
     def __add__(self, other: object) -> Tensor:
-        a, b = self, _tensor(other)
+        a, b = self, self._lift(other)
         return Tensor(a.data + b.data, (a, b), lambda g: (g, g))
 
     def __mul__(self, other: object) -> Tensor:
-        a, b = self, _tensor(other)
+        a, b = self, self._lift(other)
         return Tensor(a.data * b.data, (a, b), lambda g: (g * b.data, g * a.data))
 
     def __truediv__(self, other: object) -> Tensor:
-        return self * _tensor(other) ** -1.0
+        return self * self._lift(other) ** -1.0
+
+    def __rtruediv__(self, other: object) -> Tensor:
+        return self._lift(other) * self**-1.0
 
     def __pow__(self, power: float) -> Tensor:
         return Tensor(self.data**power, (self,), lambda g: (g * power * self.data ** (power - 1),))
 
     def __matmul__(self, other: object) -> Tensor:
-        a, b = self, _tensor(other)
+        a, b = self, self._lift(other)
+        if a.data.ndim != 2 or b.data.ndim != 2:
+            raise ValueError(f"@ multiplies two matrices, got shapes {a.shape} and {b.shape}")
         return Tensor(a.data @ b.data, (a, b), lambda g: (g @ b.data.T, a.data.T @ g))
 
     def __rmatmul__(self, other: object) -> Tensor:
-        return _tensor(other) @ self
+        return self._lift(other) @ self
 
     def __neg__(self) -> Tensor:
         return self * -1.0
 
     def __sub__(self, other: object) -> Tensor:
-        return self + -_tensor(other)
+        return self + -self._lift(other)
 
     def __rsub__(self, other: object) -> Tensor:
-        return _tensor(other) - self
+        return self._lift(other) - self
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -160,10 +171,6 @@ class Tensor:
                     parent.grad = parent.grad + _unbroadcast(part, parent.shape)
 
 
-def _tensor(value: object) -> Tensor:
-    return value if isinstance(value, Tensor) else Tensor(value)
-
-
 # ---------------------------------------------------------------------------------------------
 # The network of `gradlab.mlp`, for comparison with the frameworks
 
@@ -197,7 +204,7 @@ def mlp(spec: _mlp.MLPSpec, weights: Mapping[str, Tensor], x: np.ndarray) -> Ten
     Returns:
         (samples, classes).
     """
-    h = _tensor(x)
+    h = x if isinstance(x, Tensor) else Tensor(x)
     for layer, name in enumerate(_mlp.layer_names(spec)):
         z = h @ weights[f"{name}.weight"]
         if spec.bias:
