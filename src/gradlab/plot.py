@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,46 @@ def _finite_range(values: np.ndarray) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
     return (low, high) if high - low > 0.1 else (low - 0.5, high + 0.5)
+
+
+def dots(
+    axis: Axes,
+    labels: Sequence[str],
+    groups: Mapping[str, Sequence[np.ndarray]],
+    *,
+    failed_at: float | None = None,
+) -> None:
+    """Draw one row per setting, from the top, and one dot per seed.
+
+    Args:
+        axis: where to draw.
+        labels: the settings' names, written beside the rows.
+        groups: key of `COLORS` to one array of measurements per label.  Groups stand above each
+            other within a row, except "prediction", a black bar across it.
+        failed_at: where to put a failed run, a NaN: a grey cross.  None leaves it out.
+
+    Raises:
+        ValueError: a group that has not one array per label.
+    """
+    for name, rows in groups.items():
+        if len(rows) != len(labels):
+            raise ValueError(f"group {name!r} has {len(rows)} rows for {len(labels)} labels")
+    measured = [name for name in groups if name != "prediction"]
+    for number, name in enumerate(measured):
+        shift = 0.4 * ((number + 0.5) / len(measured) - 0.5)
+        for row, values in enumerate(groups[name]):
+            values = np.atleast_1d(np.asarray(values, float))
+            height = row + shift + 0.14 * np.linspace(-1, 1, len(values)) / len(measured)
+            lost = np.isnan(values)
+            axis.plot(values[~lost], height[~lost], "o", color=COLORS[name], alpha=0.7, ms=4)
+            if failed_at is not None:
+                at = np.full(lost.sum(), failed_at)
+                axis.plot(at, height[lost], "x", color=COLORS["failed"])
+    for row, value in enumerate(groups.get("prediction", ())):
+        axis.plot([value, value], [row - 0.38, row + 0.38], color=COLORS["prediction"], zorder=3)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.grid(visible=False, axis="y")
 
 
 def history(gradient_history, axis: Axes | None = None, **keywords: object) -> Axes:
