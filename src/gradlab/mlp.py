@@ -6,6 +6,7 @@ a dict from name to array, with matrices of shape (fan_in, fan_out).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,7 +63,10 @@ class MLPSpec:
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        theory.activation(self.activation)
+        if self.activation not in theory.activation_names():
+            raise ValueError(
+                f"activation must be one of {theory.activation_names()}, got {self.activation!r}"
+            )
         if self.gain is not None and not self.gain >= 0:
             raise ValueError(f"gain must be a number ≥ 0 or None, got {self.gain!r}")
         for name, allowed in (
@@ -126,6 +130,28 @@ def initial_weights(spec: MLPSpec, seed: int | np.random.Generator = 0) -> dict[
             weights[f"{name}.scale"] = np.ones(shape[1])
             weights[f"{name}.shift"] = np.zeros(shape[1])
     return weights
+
+
+def stacked_weights(spec: MLPSpec, seeds: Iterable[int]) -> list[np.ndarray]:
+    """The matrices of several networks, one per seed, stacked for `sweep.train`.
+
+    Args:
+        spec: the network; it must have no biases and no normalisation.
+        seeds: one per member.
+
+    Returns:
+        One float32 array (members, fan_in, fan_out) per layer.
+
+    Raises:
+        ValueError: a specification whose weights are more than matrices.
+    """
+    if spec.bias or spec.normalization:
+        raise ValueError(
+            "stacked networks have matrices only: expected bias=False and normalization=None, got "
+            f"bias={spec.bias!r} and normalization={spec.normalization!r}"
+        )
+    members = [initial_weights(spec, seed).values() for seed in seeds]
+    return [np.stack(layer).astype(np.float32) for layer in zip(*members, strict=True)]
 
 
 def check_weights(weights: dict[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,7 @@ from gradlab import mlp
 # TensorFlow's own kernels for these two hold a constant in float32, which limits a float64
 # network to an accuracy of 1e-9.  (Keras's leak is 0.2 by default; 0.01 is PyTorch's.)
 def _leaky_relu(x: tf.Tensor) -> tf.Tensor:
-    return tf.where(x > 0, x, tf.cast(0.01, x.dtype) * x)
+    return tf.where(x > 0, x, tf.constant(0.01, x.dtype) * x)
 
 
 def _gelu(x: tf.Tensor) -> tf.Tensor:
@@ -119,11 +119,13 @@ def load_weights(model: MLP, weights: Mapping[str, np.ndarray]) -> None:
 
 def get_weights(model: MLP) -> dict[str, np.ndarray]:
     """The model's weights as arrays; the inverse of `load_weights`."""
-    return {name: np.array(variable) for name, variable in _parameters(model).items()}
+    return {name: variable.numpy() for name, variable in _parameters(model).items()}
 
 
 def gradients(model: MLP, x: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
     """Cross-entropy loss and its gradients, in training mode.
+
+    It does not touch the running statistics of batch normalisation.
 
     Args:
         model: an `MLP`.
@@ -135,8 +137,12 @@ def gradients(model: MLP, x: np.ndarray, y: np.ndarray) -> tuple[float, dict[str
     """
     variables = _parameters(model)
     inputs = tf.convert_to_tensor(x, dtype=model.output_layer.kernel.dtype)
+    labels = tf.cast(y, tf.int64)
+    statistics = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
     with tf.GradientTape() as tape:
         logits = model(inputs, training=True)
-        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+    for variable, value in statistics:
+        variable.assign(value)
     grads = tape.gradient(loss, [variable.value for variable in variables.values()])
     return float(loss), {name: grad.numpy() for name, grad in zip(variables, grads, strict=True)}

@@ -107,7 +107,9 @@ def get_weights(model: MLP) -> dict[str, np.ndarray]:
 
 
 def gradients(model: MLP, x: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-    """Cross-entropy loss and its gradients, in training mode; touches no `.grad`.
+    """Cross-entropy loss and its gradients, in training mode.
+
+    It touches neither `.grad` nor the running statistics of batch normalisation.
 
     Args:
         model: an `MLP`.
@@ -121,8 +123,10 @@ def gradients(model: MLP, x: np.ndarray, y: np.ndarray) -> tuple[float, dict[str
     inputs = torch.as_tensor(x, dtype=model.output.weight.dtype)
     was_training = model.training
     model.train()
-    loss = F.cross_entropy(model(inputs), torch.as_tensor(y))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    logits = torch.func.functional_call(model, buffers, inputs)
     model.train(was_training)
+    loss = F.cross_entropy(logits, torch.as_tensor(y, dtype=torch.long))
     grads = torch.autograd.grad(loss, list(parameters.values()))
     return loss.item(), {
         name: _ours(name, grad) for name, grad in zip(parameters, grads, strict=True)
