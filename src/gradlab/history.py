@@ -5,11 +5,24 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+# What NumPy, the zip format and our own reading raise for a file that holds something else.
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class NonFinite(NamedTuple):
@@ -71,7 +84,7 @@ class GradientHistory:
         largest = np.abs(squares).max(axis=1, initial=0.0, keepdims=True)
         # Scaled, so that a norm whose square overflows does not: 1e200 is a number.
         scale = np.where(np.isfinite(largest) & (largest > 0), largest, 1.0)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             return scale[:, 0] * np.sqrt(((squares / scale) ** 2).sum(axis=1))
 
     def save(self, path: str | Path) -> Path:
@@ -117,11 +130,14 @@ class GradientHistory:
             about = json.loads(str(arrays.pop("about")))
             bad = about.pop("first_nonfinite")
             return cls(**arrays, **about, first_nonfinite=NonFinite(*bad) if bad else None)
-        except (KeyError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{path} is no saved GradientHistory: {error}") from error
 
     def to_dict(self) -> dict[str, object]:
-        """Plain Python values: step by step, `{"grad_norm/<name>": …, "grad_norm/total": …}`."""
+        """Plain Python values: step by step, `{"grad_norm/<name>": …, "grad_norm/total": …}`.
+
+        A step at which update ratios were measured has `update_ratio/<name>` too.
+        """
         total = self.total
         rows = []
         for i, step in enumerate(self.steps):
@@ -134,6 +150,12 @@ class GradientHistory:
             row["grad_norm/total"] = float(total[i])
             if self.clipped_total is not None:
                 row["grad_norm/clipped_total"] = float(self.clipped_total[i])
+            if self.update_ratios is not None:
+                row |= {
+                    f"update_ratio/{name}": float(ratio)
+                    for name, ratio in zip(self.names, self.update_ratios[i], strict=True)
+                    if not np.isnan(ratio)
+                }
             rows.append(row)
         return {"first_nonfinite": self.first_nonfinite, "steps": rows}
 

@@ -24,7 +24,7 @@ def base_seed() -> int:
         ValueError: `GRADLAB_SEED` is set to something that is no integer ≥ 0.
     """
     text = os.environ.get("GRADLAB_SEED", "0")
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise ValueError(f"GRADLAB_SEED must be an integer of at least 0, got {text!r}")
     return int(text)
 

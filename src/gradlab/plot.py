@@ -87,6 +87,8 @@ def heatmap(
         extent=(first - 0.5, last + 0.5, -0.5, norms.shape[1] - 0.5),
         vmin=low,
         vmax=high,
+        origin="lower",
+        aspect="auto",
     )
     axis.grid(False)
     axis.set_xlabel("step")
@@ -169,6 +171,7 @@ def history(gradient_history, axis: Axes | None = None, **keywords: object) -> A
     axis.set_ylabel("" if shown else "parameter")
     bad = gradient_history.first_nonfinite
     if bad is not None:
-        axis.axvline(bad.step - 0.5, color="white", linestyle=":", linewidth=1.5)
+        if bad.step >= gradient_history.steps[0]:
+            axis.axvline(bad.step - 0.5, color="white", linestyle=":", linewidth=1.5)
         axis.set_title(f"first non-finite gradient: step {bad.step}, {bad.name}")
     return axis
