@@ -111,7 +111,7 @@ def load(path: str | Path | None = None) -> dict[str, Claim]:
 
     Raises:
         RegistryError: a file that cannot be read, a row without one of its fields, a row with an
-            unknown field or kind, or an ID that occurs twice.
+            unknown field or kind or a value of the wrong type, or an ID that occurs twice.
     """
     path = Path(path) if path is not None else find_registry()
     try:
@@ -126,6 +126,9 @@ def load(path: str | Path | None = None) -> dict[str, Claim]:
         if not isinstance(row, dict) or set(row) != fields:
             got = sorted(row) if isinstance(row, dict) else row
             raise RegistryError(f"{path}: row {number} has {got}, expected {sorted(fields)}")
+        for name, value in row.items():
+            if not isinstance(value, int if name == "article" else str):
+                raise RegistryError(f"{path}: {row['id']}: its {name} is {value!r}")
         claim = Claim(**{**row, "statement": row["statement"].strip(),
                          "correction": row["correction"].strip()})  # fmt: skip
         if claim.kind not in WORDS:
