@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gradlab.sweep import minibatches, networks
+from gradlab.sweep import minibatches
 
 SIDES = {"torch": "gradlab.torch.sweep", "keras": "gradlab.keras.sweep"}
 DERIVATIVE = {
@@ -211,19 +211,3 @@ def test_bad_arguments_are_named(train, change, message):
     arguments = {"weights": stack([6, 8, 4], 2), "x": x, "y": y, "lr": 0.1, "steps": 1} | change
     with pytest.raises(ValueError, match=message):
         train(arguments.pop("weights"), arguments.pop("x"), arguments.pop("y"), **arguments)
-
-
-def test_networks_have_the_gain_and_repeat():
-    one, two = networks([50, 60, 7], 3.0, range(4)), networks([50, 60, 7], 6.0, range(4))
-    assert [w.shape for w in one] == [(4, 50, 60), (4, 60, 7)]
-    assert all(w.dtype == np.float32 for w in one)
-    np.testing.assert_allclose(one[0].std() * np.sqrt(50), 3.0, rtol=0.03)
-    np.testing.assert_allclose(two[1], 2 * one[1], rtol=1e-6)
-    np.testing.assert_array_equal(networks([50, 60, 7], 3.0, [2])[0][0], one[0][2])
-    assert not np.allclose(one[0][0], one[0][1])
-
-
-@pytest.mark.parametrize(("widths", "seeds"), [([5], range(2)), ([5, 5], [])])
-def test_networks_need_a_layer_and_a_seed(widths, seeds):
-    with pytest.raises(ValueError, match="at least two widths and one seed"):
-        networks(widths, 1.0, seeds)

@@ -8,7 +8,7 @@ itself is in `gradlab.torch.sweep` and `gradlab.keras.sweep`, under one name and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,34 +60,6 @@ class Problem:
     @property
     def members(self) -> int:
         return len(self.weights[0])
-
-
-def networks(
-    widths: Sequence[int], gain: float, seeds: Iterable[int | Sequence[int]]
-) -> list[np.ndarray]:
-    """Random initial weights of one network per seed, stacked for `train`.
-
-    Args:
-        widths: of the inputs, of every hidden layer and of the outputs.
-        gain: standard deviation of every layer's weights × √fan-in; √2 is He's for ReLU.
-        seeds: one per network.  The same seed at another gain gives the same draw, rescaled.
-
-    Returns:
-        One float32 array (seeds, fan_in, fan_out) per layer.
-
-    Raises:
-        ValueError: fewer than two widths, or no seed.
-    """
-    generators = [np.random.default_rng(seed) for seed in seeds]
-    if len(widths) < 2 or not generators:
-        raise ValueError(
-            f"expected at least two widths and one seed, got widths {list(widths)} and "
-            f"{len(generators)} seeds"
-        )
-    return [
-        np.stack([rng.normal(0, gain / np.sqrt(m), (m, n)) for rng in generators]).astype("float32")
-        for m, n in pairwise(widths)
-    ]
 
 
 def minibatches(n: int, members: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
