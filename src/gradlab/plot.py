@@ -64,7 +64,7 @@ def heatmap(
         axis: where to draw.
         norms: (steps, layers), ≥ 0.  A norm of 0 is drawn as the smallest colour.
         steps: the steps' numbers; None counts from 0.
-        names: the layers' names, drawn beside the rows; None numbers them.
+        names: the layers' names, drawn beside the rows; None numbers them from 1.
         limits: the colour scale's ends in decades; None takes the data's own.
         colorbar: whether to add the scale.
 
@@ -84,7 +84,7 @@ def heatmap(
     axis.set_facecolor(COLORS["failed"])
     image = axis.imshow(
         np.ma.masked_invalid(drawn),
-        extent=(first - 0.5, last + 0.5, -0.5, norms.shape[1] - 0.5),
+        extent=(first - 0.5, last + 0.5, 0.5, norms.shape[1] + 0.5),
         vmin=low,
         vmax=high,
         origin="lower",
@@ -94,7 +94,7 @@ def heatmap(
     axis.set_xlabel("step")
     axis.set_ylabel("layer")
     if names is not None:
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(1, len(names) + 1), names)
     if colorbar:
         axis.figure.colorbar(image, ax=axis, label="log₁₀ gradient norm", pad=0.02)
 

@@ -1,7 +1,8 @@
 """Keras side of gradlab, on TensorFlow: the same names as `gradlab.torch`."""
 
+from gradlab.keras import sweep
 from gradlab.keras._backend import keras
 from gradlab.keras.models import MLP
 from gradlab.keras.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "keras"]
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "keras", "sweep"]

@@ -7,7 +7,8 @@ except ImportError as error:
         "gradlab.torch needs PyTorch, which is not installed: pip install torch"
     ) from error
 
+from gradlab.torch import sweep
 from gradlab.torch.models import MLP
 from gradlab.torch.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError"]
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "sweep"]
