@@ -1,7 +1,9 @@
 """Keras side of gradlab, on TensorFlow: the same names as `gradlab.torch`."""
 
+from gradlab.keras._backend import keras  # first: it imports quietly, or says what is missing
+
+# isort: split
 from gradlab.keras import sweep
-from gradlab.keras._backend import keras
 from gradlab.keras.models import MLP
 from gradlab.keras.probe import GradientProbe, NonFiniteGradientError
 
