@@ -30,26 +30,46 @@ class NonFiniteGradientError(FloatingPointError):
         )
 
 
+# Below this, squares of float32 numbers may have lost digits, or all of them, to underflow.
+_TINY = 1e-15
+
+
 def _values(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices):
-        # Rows may repeat: the gradient of a row is the sum of its slices.
-        rows, places = tf.unique(gradient.indices)
-        return tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
-    return tf.convert_to_tensor(gradient)
+        # Rows may repeat: the gradient of a row is the sum of its slices.  (tf.unique would do,
+        # but its result has no fixed shape, which XLA requires.)
+        order = tf.argsort(gradient.indices)
+        rows = tf.gather(gradient.indices, order)
+        places = tf.cumsum(tf.cast(tf.concat([[False], rows[1:] != rows[:-1]], 0), tf.int32))
+        gradient = tf.math.unsorted_segment_sum(
+            tf.gather(gradient.values, order), places, tf.size(rows)
+        )
+    gradient = tf.convert_to_tensor(gradient)
+    return tf.cast(gradient, tf.float32) if gradient.dtype.size < 4 else gradient
+
+
+def _exact_norm(gradient: tf.Tensor) -> tf.Tensor:
+    """L2 norm whose square may neither overflow nor underflow, float64."""
+    gradient = tf.cast(gradient, tf.float64)
+    largest = tf.reduce_max(tf.abs(gradient))
+    scale = tf.where((largest > 0) & tf.math.is_finite(largest), largest, 1)
+    return scale * tf.norm(gradient / scale)
 
 
 def gradient_norms(gradients: list[tf.Tensor]) -> tf.Tensor:
     """L2 norm of each gradient, (gradients,), float64; usable inside a graph and under XLA.
 
-    Only when a norm reads 0, inf or NaN are all of them computed again in float64, where the
-    square of no float32 number overflows or underflows.
+    Only when a norm reads inf, NaN or next to 0 are all of them computed again, in float64 and
+    scaled, so that no square overflows or underflows.
     """
+    if not gradients:
+        return tf.zeros((0,), tf.float64)
     dense = [_values(g) for g in gradients]
     fast = tf.stack([tf.cast(tf.norm(g), tf.float64) for g in dense])
-    suspicious = tf.reduce_any((fast == 0) | ~tf.math.is_finite(fast))
+    suspicious = tf.reduce_any(~(fast > _TINY) | ~tf.math.is_finite(fast))
     return tf.cond(
         suspicious,
-        lambda: tf.stack([tf.norm(tf.cast(g, tf.float64)) for g in dense]),
+        lambda: tf.stack([_exact_norm(g) for g in dense]),
         lambda: fast,
     )
 
@@ -97,19 +117,15 @@ class GradientProbe(keras.callbacks.Callback):
 
     # -- attaching -----------------------------------------------------------------------------
 
-    def set_model(self, model: keras.Model) -> None:
+    def on_train_begin(self, logs: dict | None = None) -> None:
         """Called by `fit`: put the probe in front of the optimiser and retrace the step."""
-        super().set_model(model)
-        if getattr(model, "optimizer", None) is None:
-            raise ValueError(f"{model.name} has no optimizer: call model.compile() before fit")
-        self._make_ring([v.path for v in model.trainable_variables])
-        self._optimizer = model.optimizer
-        if not self._optimizer.built:
-            # Inside a branch of the graph, the optimiser could not create its variables.
-            self._optimizer.build(model.trainable_variables)
+        self._detach()  # from a fit that an exception ended before its time
+        if self._ring:
+            self._ring["raised"].assign([-1, -1])
+        self._optimizer = self.model.optimizer
         self._apply = self._optimizer.apply
         self._optimizer.apply = self._watched_apply
-        model.make_train_function(force=True)
+        self.model.make_train_function(force=True)
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Called by `fit`: leave the optimiser and the model as they were."""
@@ -117,7 +133,7 @@ class GradientProbe(keras.callbacks.Callback):
 
     def _detach(self) -> None:
         if self._optimizer is not None:
-            del self._optimizer.apply  # the class's own method shows again
+            vars(self._optimizer).pop("apply", None)  # the class's own method shows again
             self._optimizer = None
             self.model.make_train_function(force=True)
 
@@ -136,7 +152,8 @@ class GradientProbe(keras.callbacks.Callback):
             "present": variable((rows, columns), tf.bool),
             "skipped": variable((rows,), tf.bool),
             "count": variable((), tf.int64),
-            "first_nonfinite": variable((2,), tf.int64, -1),
+            "first_nonfinite": variable((2,), tf.int64, -1),  # step and column
+            "raised": variable((2,), tf.int64, -1),  # the same for this fit alone
         }
         if self.update_ratio_every:
             self._ring["update_ratios"] = variable((rows, columns), tf.float64, np.nan)
@@ -147,24 +164,38 @@ class GradientProbe(keras.callbacks.Callback):
         variables = (
             self.model.trainable_variables if trainable_variables is None else trainable_variables
         )
+        with tf.init_scope():  # outside the graph that is being traced, and once
+            self._make_ring([v.path for v in self.model.trainable_variables])
+            if not self._optimizer.built:
+                # Inside a branch of the graph, the optimiser could not create its variables.
+                self._optimizer.build(variables)
         ring, step = self._ring, tf.identity(self._ring["count"])
         row = tf.reshape(step % self.capacity, (1, 1))
-        place = {path: i for i, path in enumerate(self._names)}
-        columns = [place[v.path] for g, v in zip(grads, variables, strict=True) if g is not None]
-        live = gradient_norms([g for g in grads if g is not None])
+        # By identity: two layers of one name in different places have variables of one path.
+        place = {id(v): i for i, v in enumerate(self.model.trainable_variables)}
+        live = {
+            place[id(v)]: g
+            for g, v in zip(grads, variables, strict=True)
+            if g is not None and id(v) in place
+        }
+        columns = list(live)
         norms = tf.tensor_scatter_nd_update(
             tf.fill((len(self._names),), tf.constant(np.nan, tf.float64)),
-            [[c] for c in columns],
-            live,
+            np.reshape(columns, (-1, 1)).astype(np.int32),
+            gradient_norms(list(live.values())),
         )
         present = tf.constant(np.isin(np.arange(len(self._names)), columns))
         bad = present & ~tf.math.is_finite(norms)
+        where = tf.stack([step, tf.argmax(tf.cast(bad, tf.int32))])
+        for key in ("first_nonfinite", "raised"):
+            is_first = tf.reduce_any(bad) & (ring[key][0] < 0)
+            ring[key].assign(tf.where(is_first, where, ring[key]))
         skip = tf.reduce_any(bad) & (self.on_nonfinite != "record")
+        if self.on_nonfinite == "raise":
+            # With steps_per_execution, steps may follow before Python hears of the bad one.
+            skip |= ring["raised"][0] >= 0
         for key, value in (("norms", norms), ("present", present), ("skipped", skip)):
             ring[key].scatter_nd_update(row, value[None])
-        is_first = tf.reduce_any(bad) & (ring["first_nonfinite"][0] < 0)
-        where = tf.stack([step, tf.argmax(tf.cast(bad, tf.int32))])
-        ring["first_nonfinite"].assign(tf.where(is_first, where, ring["first_nonfinite"]))
         ring["count"].assign_add(1)
 
         def apply() -> tf.Tensor:
@@ -197,7 +228,7 @@ class GradientProbe(keras.callbacks.Callback):
         """Called by `fit`: raise for a step that the graph has already held back."""
         if self.on_nonfinite != "raise":
             return
-        step, index = self._ring["first_nonfinite"].numpy()
+        step, index = self._ring["raised"].numpy()
         if step >= 0:
             path = self._names[index]
             self._detach()

@@ -32,8 +32,15 @@ class NonFiniteGradientError(FloatingPointError):
         )
 
 
+# Below this, squares of float32 numbers may have lost digits, or all of them, to underflow.
+_TINY = 1e-15
+
+
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    """The gradient's numbers, in at least float32."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 
 
 def _exact_norm(gradient: torch.Tensor) -> float:
@@ -49,8 +56,8 @@ def _exact_norm(gradient: torch.Tensor) -> float:
 def gradient_norms(gradients: Iterable[torch.Tensor]) -> np.ndarray:
     """L2 norm of each gradient, in one pass over them.
 
-    Only norms that read 0, inf or NaN are looked at again, in float64: the square of a float32
-    gradient below 1e-23 underflows and that of one above 1e19 overflows.
+    Only norms that read inf, NaN or next to 0 are looked at again, in float64: the square of a
+    float32 number above 1e19 overflows and that of one below 1e-19 underflows.
 
     Args:
         gradients: dense or sparse tensors of any dtype.
@@ -61,8 +68,8 @@ def gradient_norms(gradients: Iterable[torch.Tensor]) -> np.ndarray:
     dense = [_dense(g.detach()) for g in gradients]
     if not dense:
         return np.zeros(0)
-    norms = torch.stack([n.float() for n in torch._foreach_norm(dense)]).cpu().double().numpy()
-    for i in np.flatnonzero((norms == 0) | ~np.isfinite(norms)):
+    norms = torch.stack(torch._foreach_norm(dense)).double().cpu().numpy()
+    for i in np.flatnonzero(~(norms > _TINY) | ~np.isfinite(norms)):
         norms[i] = _exact_norm(dense[i])
     return norms
 
@@ -146,6 +153,8 @@ class GradientProbe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._give_back()  # where the step itself raised, this is still to be done
+        self._pending = self._before = None
 
     def _watch_output(self, name: str):
         def hook(module: nn.Module, inputs: object, output: object) -> None:
@@ -192,7 +201,9 @@ class GradientProbe:
         norms, present = self._measure()
         total = total_norm(norms[present])
         if np.isfinite(total) and total > max_norm:
-            gradients = [_dense(p.grad) for p in self._named.values() if p.grad is not None]
+            gradients = [p.grad for p in self._named.values() if p.grad is not None]
+            # A sparse gradient's rows may repeat; scaling each scales their sum.
+            gradients = [g._values() if g.is_sparse else g for g in gradients]
             with torch.no_grad():
                 torch._foreach_mul_(gradients, max_norm / total)
         self._pending = (norms, present, min(total, max_norm) if np.isfinite(total) else total)
@@ -209,7 +220,7 @@ class GradientProbe:
         act = bool(bad.any()) and self.on_nonfinite != "record"
         if act and self.on_nonfinite == "skip":
             # An optimiser leaves a parameter without a gradient alone, its state too.
-            for parameter in self._named.values():
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 if parameter.grad is not None:
                     self._held_back[parameter] = parameter.grad
                     parameter.grad = None
@@ -233,10 +244,14 @@ class GradientProbe:
             kind = type(self.model.get_submodule(owner)).__name__
             raise NonFiniteGradientError(step, name, f"{owner or 'model'}: {kind}")
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _give_back(self) -> None:
+        """Gradients that were hidden from the optimiser stand in `.grad` again."""
         for parameter, gradient in self._held_back.items():
             parameter.grad = gradient
         self._held_back.clear()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._give_back()
         if self._before is not None:
             now = [p.detach() for p in self._named.values()]
             moved = gradient_norms(torch._foreach_sub(now, self._before))
