@@ -234,10 +234,15 @@ def within(values: object, target: object, relative: float) -> bool:
 # The ledger
 
 
-def verdicts_in(notebook: str | Path) -> list[tuple[str, str]]:
-    """(ID, word) of every verdict among the outputs of an executed notebook, in order."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    outputs = (output for cell in cells for output in cell.get("outputs", ()))
+def verdicts_in(notebook: str | Path | Mapping) -> list[tuple[str, str]]:
+    """(ID, word) of every verdict among the outputs of an executed notebook, in order.
+
+    Args:
+        notebook: its path, or its content as `nbformat.read` gives it.
+    """
+    if not isinstance(notebook, Mapping):
+        notebook = json.loads(Path(notebook).read_text(encoding="utf-8"))
+    outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", ()))
     records = (output.get("data", {}).get(MIME) for output in outputs)
     return [(record["id"], record["verdict"]) for record in records if record]
 
