@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradlab import theory
-from gradlab.mlp import MLPSpec, check_weights, initial_weights, layer_names
+from gradlab.mlp import MLPSpec, check_weights, initial_weights, layer_names, stacked_weights
 
 SPEC = MLPSpec(8, 3, width=5, depth=2)
 
@@ -111,3 +111,20 @@ def test_weights_that_do_not_fit_are_all_named():
     with pytest.raises(ValueError, match=r"missing a.*unexpected c.*b has shape \(2,\).*\(3,\)"):
         check_weights({"b": np.zeros(2), "c": np.zeros(1)}, {"a": (1,), "b": (3,)})
     check_weights({"b": np.zeros(3)}, {"b": (3,)})
+
+
+def test_stacked_weights_are_those_of_the_single_networks():
+    spec = replace(SPEC, bias=False)
+    stack = stacked_weights(spec, [5, 2])
+    assert [w.shape for w in stack] == [(2, 8, 5), (2, 5, 5), (2, 5, 3)]
+    assert {w.dtype for w in stack} == {np.dtype("float32")}
+    for member, seed in enumerate([5, 2]):
+        single = initial_weights(spec, seed)
+        for layer, name in zip(stack, layer_names(spec), strict=True):
+            np.testing.assert_array_equal(layer[member], single[f"{name}.weight"].astype("float32"))
+
+
+@pytest.mark.parametrize("more", [{"bias": True}, {"bias": False, "normalization": "layer"}])
+def test_only_matrices_can_be_stacked(more):
+    with pytest.raises(ValueError, match=r"bias=False and normalization=None, got bias="):
+        stacked_weights(replace(SPEC, **more), [0])

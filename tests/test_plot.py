@@ -33,7 +33,7 @@ def test_heatmap_shows_decades_layer_by_step(axis):
     norms = np.array([[1.0, 10.0, 100.0], [1e3, 1e4, 1e5]])  # 2 steps, 3 layers
     plot.heatmap(axis, norms, steps=np.array([7, 8]), names=["a", "b", "c"])
     np.testing.assert_allclose(image(axis), [[0, 3], [1, 4], [2, 5]])
-    assert axis.images[0].get_extent() == [6.5, 8.5, -0.5, 2.5]
+    assert axis.images[0].get_extent() == [6.5, 8.5, 0.5, 3.5]  # layers count from 1
     assert axis.images[0].get_clim() == (0, 5)
     assert axis.images[0].origin == "lower"  # without the style, too
     assert [t.get_text() for t in axis.get_yticklabels()] == ["a", "b", "c"]
@@ -118,3 +118,26 @@ def test_a_label_stands_at_its_point_in_its_colour(axis):
     label = axis.texts[0]
     assert label.xy == (2.0, 3.0)
     assert (label.get_text(), label.get_color()) == ("PyTorch", plot.COLORS["torch"])
+
+
+def test_dots_put_every_seed_in_its_row_and_failed_ones_aside(axis):
+    groups = {
+        "torch": [np.array([1.0, 2.0]), np.array([3.0, np.nan])],
+        "tensorflow": [np.array([1.5]), np.array([np.nan])],
+        "prediction": [1.2, 3.4],
+    }
+    plot.dots(axis, ["calm", "wild"], groups, failed_at=9.0)
+    at = {"o": [], "x": [], "None": []}
+    for line in axis.lines:
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
+            at[line.get_marker()].append((x, round(y)))
+    assert sorted(at["o"]) == [(1.0, 0), (1.5, 0), (2.0, 0), (3.0, 1)]
+    assert at["x"] == [(9.0, 1), (9.0, 1)]
+    assert sorted(at["None"]) == [(1.2, 0), (1.2, 0), (3.4, 1), (3.4, 1)]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["calm", "wild"]
+    assert axis.yaxis_inverted()  # the first setting stands at the top
+
+
+def test_dots_want_one_array_per_label(axis):
+    with pytest.raises(ValueError, match="'torch' has 1 rows for 2 labels"):
+        plot.dots(axis, ["calm", "wild"], {"torch": [np.ones(3)]})
