@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -91,7 +91,7 @@ def _train(w, x, y, x_rows, y_rows, lr, x_test, *, activation, loss, record_laye
     for step in tf.range(steps):
         with tf.GradientTape() as tape:
             tape.watch(w)
-            z = _pre_activations(w, tf.gather(x, x_rows[step]), _ACTIVATIONS[activation])
+            z = [*_pre_activations(w, tf.gather(x, x_rows[step]), _ACTIVATIONS[activation])]
             loss_of_each = _LOSSES[loss](z[-1], tf.gather(y, y_rows[step]))  # (members,)
         grads = tape.gradient(loss_of_each, [*w, *z] if record_layers else [*w])
         norms = tf.stack([_norm(grad) for grad in grads], -1)  # (members, layers [+ layers])
@@ -99,16 +99,17 @@ def _train(w, x, y, x_rows, y_rows, lr, x_test, *, activation, loss, record_laye
         grad_norms = grad_norms.write(step, tf.norm(norms[:, : len(w)], axis=-1))
         delta_norms = delta_norms.write(step, norms[:, len(w) :])
         w = tuple(weight - lr * grad for weight, grad in zip(w, grads, strict=False))
-    outputs = _pre_activations(w, x_test, _ACTIVATIONS[activation])[-1]
+    *_, outputs = _pre_activations(w, x_test, _ACTIVATIONS[activation])
     return w, losses.stack(), grad_norms.stack(), delta_norms.stack(), outputs
 
 
-def _pre_activations(w, x, act) -> list[tf.Tensor]:
+def _pre_activations(w, x, act) -> Iterator[tf.Tensor]:
     """Every layer's input to its activation, shape (members, batch, fan_out); the last: logits."""
-    z = [x @ w[0]]
+    z = x @ w[0]
+    yield z
     for weight in w[1:]:
-        z.append(act(z[-1]) @ weight)
-    return z
+        z = act(z) @ weight
+        yield z
 
 
 def _cross_entropy(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:

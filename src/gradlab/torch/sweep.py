@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def train(
 
     losses, grad_norms, delta_norms = [], [], []
     for x_row, y_row in zip(x_rows, y_rows, strict=True):  # (members, batch)
-        z = _pre_activations(w, x[x_row], act)
+        z = list(_pre_activations(w, x[x_row], act))
         loss_of_each = _LOSSES[loss](z[-1], y[y_row])  # (members,)
         grads = torch.autograd.grad(loss_of_each.sum(), [*w, *z] if record_layers else w)
         norms = torch.stack([_norm(grad) for grad in grads], -1)  # (members, layers [+ layers])
@@ -82,7 +82,8 @@ def train(
             for weight, grad in zip(w, grads[: len(w)], strict=True):
                 weight -= lr * grad
     with torch.no_grad():
-        outputs = _pre_activations(w, torch.from_numpy(problem.x_test), act)[-1]
+        for z in _pre_activations(w, torch.from_numpy(problem.x_test), act):
+            outputs = z  # the last one stays
     return judge(
         problem,
         torch.stack(losses).numpy(),
@@ -93,12 +94,13 @@ def train(
     )
 
 
-def _pre_activations(w: Sequence[torch.Tensor], x: torch.Tensor, act) -> list[torch.Tensor]:
+def _pre_activations(w: Sequence[torch.Tensor], x: torch.Tensor, act) -> Iterator[torch.Tensor]:
     """Every layer's input to its activation, shape (members, batch, fan_out); the last: logits."""
-    z = [x @ w[0]]
+    z = x @ w[0]
+    yield z
     for weight in w[1:]:
-        z.append(torch.bmm(act(z[-1]), weight))
-    return z
+        z = torch.bmm(act(z), weight)
+        yield z
 
 
 def _cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
