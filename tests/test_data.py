@@ -33,9 +33,10 @@ def test_standard_digits_are_standardised_on_the_training_part():
     np.testing.assert_allclose(standard.x_test[:, varies], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("constant", [0.0, 0.1, 7.3, -123.4])
-def test_a_constant_feature_becomes_zero_whatever_its_value(constant):
-    x = np.full((1437, 2), constant, dtype=np.float32)
+def test_a_constant_feature_becomes_zero_whatever_its_value(constant, dtype):
+    x = np.full((1437, 2), constant, dtype=dtype)
     x[:, 1] = np.linspace(-1, 1, 1437)
     train, other = data.standardize(x, x + 1)
     assert (train[:, 0] == 0).all()

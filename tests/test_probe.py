@@ -363,11 +363,12 @@ def test_torch_several_groups_and_a_loss_with_parameters_of_its_own():
         net.bias.grad[0] = torch.inf
         grads = [p.grad for p in (net.weight, net.bias, margin)]
         optimizer.step()
+        assert net.weight.grad is grads[0]  # given back at once, not only when the block ends
     assert probe.history.norms[0, 0] == pytest.approx(grads[0].norm().item(), rel=1e-6)
     assert probe.history.norms[0, 1] == np.inf
     for parameter, value, grad in zip((net.weight, net.bias, margin), before, grads, strict=True):
         assert torch.equal(parameter, value)
-        assert parameter.grad is grad  # given back
+        assert parameter.grad is grad
     assert not optimizer.state
 
 
