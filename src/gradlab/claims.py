@@ -224,7 +224,7 @@ def within(values: object, target: object, relative: float) -> bool:
     Args:
         values: any shape.
         target: broadcastable to it, non-zero.
-        relative: the largest |value / target − 1| allowed.
+        relative: the largest distance of value / target from 1 that is allowed.
     """
     ratio = np.asarray(values, dtype=float) / np.asarray(target, dtype=float)
     return bool((np.abs(ratio - 1) <= relative).all())

@@ -19,8 +19,10 @@ class Split:
     """A data set for classification, cut into training and test part.
 
     Attributes:
-        x_train, x_test: float32, (samples, features).
-        y_train, y_test: int64 class numbers, (samples,).
+        x_train: float32, (samples, features).
+        y_train: int64 class numbers, (samples,).
+        x_test: as `x_train`.
+        y_test: as `y_train`.
     """
 
     x_train: np.ndarray

@@ -77,6 +77,8 @@ def gradient_norms(gradients: list[tf.Tensor]) -> tf.Tensor:
 class GradientProbe(keras.callbacks.Callback):
     """Record the gradient norm of every trainable variable at every optimiser step.
 
+    It is a callback::
+
         model.fit(x, y, callbacks=[probe := GradientProbe()])
         probe.history.plot()
 

@@ -82,7 +82,7 @@ def total_norm(norms: np.ndarray) -> float:
 class GradientProbe:
     """Record the gradient norm of every parameter at every optimiser step.
 
-    Use it as a context manager around a loop that does not change:
+    Use it as a context manager around a loop that does not change::
 
         with GradientProbe(model, optimizer) as probe:
             for x, y in batches:
