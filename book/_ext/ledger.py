@@ -74,7 +74,8 @@ class ClaimsLedger(SphinxDirective):
             row += nodes.entry("", nodes.paragraph("", "", nodes.strong("", claim.id)))
             row += nodes.entry("", self.text(claim.statement))
             row += nodes.entry("", Slot(fill="verdict", claim=claim.id, chapter=claim.chapter))
-            row += nodes.entry("", self.text(claim.correction))
+            correction = Slot("", self.text(claim.correction), fill="correction", claim=claim.id)
+            row += nodes.entry("", correction)
             body += row
         group += [head, body]
         table += group
@@ -159,8 +160,12 @@ def fill_slots(app, doctree, docname) -> None:
         if slot["fill"] == "summary":
             claims = registry.load(Path(app.srcdir) / REGISTRY)
             slot.replace_self(summary(app.ledger, len(claims)))
+            continue
+        decided = app.ledger.get(slot["claim"])
+        if slot["fill"] == "correction":
+            # What no cell has shown yet is not asserted.
+            slot.replace_self(slot.children if decided else nodes.paragraph("", "Not tested yet."))
         else:
-            decided = app.ledger.get(slot["claim"])
             word = decided["verdict"] if decided else OPEN
             slot.replace_self([badge(word), chapter(app, docname, slot["chapter"])])
 
@@ -204,4 +209,4 @@ def setup(app):
     app.connect("doctree-resolved", fill_slots)
     app.connect("missing-reference", resolve_claim)
     # One environment per process keeps the page's name; reading in parallel would lose it.
-    return {"parallel_read_safe": False, "parallel_write_safe": True, "env_version": 1}
+    return {"parallel_read_safe": False, "parallel_write_safe": True, "env_version": 2}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -106,13 +105,13 @@ class GradientHistory:
             "activation_names": self.activation_names,
             "first_nonfinite": self.first_nonfinite,
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("wb") as file:
                 np.savez(file, about=np.array(json.dumps(about)), **arrays)
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         return path
 
