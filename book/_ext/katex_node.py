@@ -33,6 +33,9 @@ def setup(app):
     katex.NODEJS_BINARY = os.environ.get("NODE", _node())
     # A busy machine needs longer than the five seconds that it allows.
     katex.STARTUP_TIMEOUT = katex.RENDER_TIMEOUT = 60.0
+    # Over a Unix socket it connects as soon as the socket's file exists, which may be before node
+    # listens, and fails; over a port it tries again until node answers.
+    katex.KaTeXServer.start_server_process = katex.KaTeXServer.start_network_socket
     katex.KATEX_DEFAULT_OPTIONS["throwOnError"] = True
     katex.render_latex = _render
     return {"parallel_read_safe": True, "parallel_write_safe": True}
