@@ -1,9 +1,4 @@
-"""`make book`: execute the notebooks that need it, side by side, then build the pages.
-
-    python tools/build.py            the book in this checkout
-    python tools/build.py --root DIR another one (the tests build a tiny one)
-    python tools/build.py --execute  execute only
-"""
+"""`make book`: execute the notebooks that need it, side by side, then build the pages."""
 
 from __future__ import annotations
 
@@ -50,8 +45,8 @@ def build_pages(root: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=fresh.ROOT)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=fresh.ROOT, help="another book")
     parser.add_argument("--execute", action="store_true", help="execute only, build no page")
     arguments = parser.parse_args()
     root = arguments.root.resolve()

@@ -101,7 +101,7 @@ def execute(
 
 
 def explain(name: str, notebook: nbformat.NotebookNode, index: int, error: Exception) -> str:
-    """One message: the notebook, the cell, its first line, the error and the end of its traceback."""
+    """One message: notebook, cell, its first line, the error, the end of its traceback."""
     cell = notebook.cells[index]
     number = sum(c.cell_type == "code" for c in notebook.cells[: index + 1])
     first = next(iter(cell.source.strip().splitlines()), "")

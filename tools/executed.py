@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -11,22 +12,23 @@ from jupyter_cache import get_cache
 CACHE = Path("_build/.jupyter_cache")
 
 
+def documents(toc: object) -> Iterator[str]:
+    """The documents that a table of contents names, in its order."""
+    if isinstance(toc, dict):
+        for key, value in toc.items():
+            if key in ("file", "root"):
+                yield str(value)
+            else:
+                yield from documents(value)
+    elif isinstance(toc, list):
+        for item in toc:
+            yield from documents(item)
+
+
 def notebooks(root: Path) -> list[Path]:
     """The notebooks of `_toc.yml`, in its order."""
     toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-
-    def files(node: object):
-        if isinstance(node, dict):
-            for key, value in node.items():
-                if key in ("file", "root"):
-                    yield str(value)
-                else:
-                    yield from files(value)
-        elif isinstance(node, list):
-            for item in node:
-                yield from files(item)
-
-    paths = (root / f"{name.removesuffix('.ipynb')}.ipynb" for name in files(toc))
+    paths = (root / f"{name.removesuffix('.ipynb')}.ipynb" for name in documents(toc))
     return [path for path in paths if path.is_file()]
 
 

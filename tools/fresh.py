@@ -81,5 +81,19 @@ def drop_stale(root: Path = ROOT) -> bool:
 def setup(app) -> dict[str, bool]:
     """Sphinx's hook: runs before the environment of an earlier build is read."""
     os.environ.update(KERNEL_ENVIRONMENT)
-    drop_stale(Path(app.srcdir))
+    root = Path(app.srcdir)
+    drop_stale(root)
+
+    # A page's warnings are given once, when it is read: a second build would not repeat them, and
+    # pass.  So what a build with warnings, or a killed one, has read is read again.
+    unfinished = root / "_build" / "unfinished"
+    if unfinished.exists():
+        shutil.rmtree(root / "_build" / ".doctrees", ignore_errors=True)
+    unfinished.touch()
+
+    def finish(app, exception) -> None:
+        if exception is None and not app._warncount:
+            unfinished.unlink(missing_ok=True)
+
+    app.connect("build-finished", finish, priority=999)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -13,9 +13,14 @@ from sphinx.util import logging
 
 LOGGER = logging.getLogger(__name__)
 
-# The theme's icons come from a web font; this script (540 KB compressed) draws none of them.
-FONTAWESOME = re.compile(r'\s*<script defer src="[^"]*scripts/fontawesome\.js[^"]*"></script>')
-
+#: What is taken out of the finished pages.
+UNWANTED = (
+    # The theme's icons come from a web font; this script (540 KB compressed) draws none of them.
+    re.compile(r'\s*<script defer src="[^"]*scripts/fontawesome\.js[^"]*"></script>'),
+    # docutils' roles for bibliographies are deprecated, and a list of them is no list to a reader.
+    re.compile(r' role="(?:doc-biblioentry|doc-backlink)"'),
+    re.compile(r' role="list"(?= class="citation-list")'),
+)
 
 
 def require_alt_text(app, doctree, docname: str) -> None:
@@ -23,19 +28,19 @@ def require_alt_text(app, doctree, docname: str) -> None:
     for image in doctree.findall(nodes.image):
         text = image.get("alt", "").strip()
         if not text or text == image.get("uri") or re.fullmatch(r"\S+\.(png|svg|jpe?g)", text):
-            LOGGER.warning(
-                "%s has no alt text; in a notebook: cell metadata mystnb.image.alt",
-                image.get("uri"), location=image,
-            )  # fmt: skip
+            advice = "in a notebook: cell metadata mystnb.image.alt"
+            LOGGER.warning("%s has no alt text; %s", image.get("uri"), advice, location=image)
 
 
 def lighten(app, exception) -> None:
-    """Rewrite the pages just written: drop the script, and the roles that break a screen reader."""
+    """Take out of the finished pages what they are better without."""
     if exception or app.builder.format != "html":
         return
     for page in Path(app.outdir).rglob("*.html"):
         before = page.read_text(encoding="utf-8")
-        after = FONTAWESOME.sub("", before)
+        after = before
+        for pattern in UNWANTED:
+            after = pattern.sub("", after)
         if after != before:
             page.write_text(after, encoding="utf-8")
 

@@ -1,0 +1,125 @@
+"""The built book, served to a real headless Chromium."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import chromium
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from fresh import ROOT
+from playwright.sync_api import Browser, Page, sync_playwright
+
+HTML = ROOT / "_build" / "html"
+
+#: How a page is looked at: the browser context's settings.
+MODES = {
+    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 900}},
+    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 900}},
+    "phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}},
+}
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@dataclass
+class Visit:
+    """What was seen while one page was open in one mode."""
+
+    errors: list[str] = field(default_factory=list)  # of the console, and failed requests
+    foreign: list[str] = field(default_factory=list)  # addresses on other hosts
+    violations: list[str] = field(default_factory=list)  # serious or critical, found by axe
+    overflow: int = 0  # pixels by which the page is wider than the screen
+
+
+@pytest.fixture(scope="session")
+def book() -> Path:
+    """The folder of the built pages; builds them first when they are not current."""
+    command = [sys.executable, ROOT / "tools" / "build.py"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode:
+        pytest.exit(f"the book does not build\n{built.stdout}\n{built.stderr}", returncode=1)
+    return HTML
+
+
+@pytest.fixture(scope="session")
+def site(book: Path) -> Iterator[str]:
+    """The address at which the book is served."""
+    handler = functools.partial(_Quiet, directory=str(book))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A fresh Chromium."""
+    try:
+        program = chromium.find()
+    except chromium.NoChromium as error:
+        pytest.exit(str(error), returncode=1)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=list(chromium.FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, site: str) -> Iterator[Page]:
+    """An empty page of a fresh context."""
+    context = browser.new_context(base_url=site, **MODES["light"])
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture(scope="session")
+def visit(browser: Browser, site: str):
+    """`visit(document, mode)` opens a page once, however many tests ask what was seen."""
+    axe = Axe()
+
+    @functools.cache
+    def look(document: str, mode: str) -> Visit:
+        seen = Visit()
+        context = browser.new_context(base_url=site, **MODES[mode])
+        page = context.new_page()
+        page.on(
+            "console",
+            lambda m: seen.errors.append(f"{m.text} {m.location}") if m.type == "error" else None,
+        )
+        page.on("pageerror", lambda error: seen.errors.append(str(error)))
+        page.on("requestfailed", lambda request: seen.errors.append(f"failed: {request.url}"))
+        page.on("request", lambda request: note(request.url))
+
+        def note(url: str) -> None:
+            if not url.startswith((site, "data:", "blob:")):
+                seen.foreign.append(url)
+
+        page.goto(f"/{document}.html", wait_until="networkidle")
+        # Folded solutions and dropdowns are part of the page too.
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        seen.overflow = page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        # Without preload: axe would fetch the style sheets again, from addresses that do not exist.
+        options = {"resultTypes": ["violations"], "preload": False}
+        for violation in axe.run(page, options=options).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                where = [node["html"][:160] for node in violation["nodes"][:3]]
+                seen.violations.append(f"{violation['id']} ×{len(violation['nodes'])}: {where}")
+        context.close()
+        return seen
+
+    return look

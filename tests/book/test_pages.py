@@ -1,0 +1,160 @@
+"""Every page of the built book, in a real browser and link by link."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import executed
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from fresh import ROOT
+
+from gradlab import claims
+
+HTML = ROOT / "_build" / "html"
+DOCUMENTS = list(executed.documents(yaml.safe_load((ROOT / "_toc.yml").read_text())))
+CHAPTERS = [name for name in DOCUMENTS if (ROOT / f"{name}.ipynb").exists()]
+every_page = pytest.mark.parametrize("document", [*DOCUMENTS, "genindex", "search"])
+every_mode = pytest.mark.parametrize("mode", ["light", "dark", "phone"])
+
+pytestmark = pytest.mark.usefixtures("book")
+
+
+@cache
+def soup(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+@cache
+def anchors(path: Path) -> set[str]:
+    return {tag[key] for key in ("id", "name") for tag in soup(path).find_all(attrs={key: True})}
+
+
+# ---------------------------------------------------------------------------------------------
+# In the browser
+
+
+@every_mode
+@every_page
+def test_loads_without_an_error(visit, document, mode):
+    assert visit(document, mode).errors == []
+
+
+@every_mode
+@every_page
+def test_asks_no_other_host(visit, document, mode):
+    assert visit(document, mode).foreign == []
+
+
+@every_mode
+@every_page
+def test_is_accessible(visit, document, mode):
+    assert visit(document, mode).violations == []
+
+
+@every_page
+def test_does_not_scroll_sideways_on_a_phone(visit, document):
+    assert visit(document, "phone").overflow <= 0
+
+
+@pytest.mark.parametrize("document", CHAPTERS)
+def test_tabs_switch_together_and_remember(page, document):
+    page.goto(f"/{document}.html")
+    labels = page.locator("label[data-sync-id=tensorflow]")
+    if not labels.count():
+        pytest.skip("no tabs on this page")
+    labels.first.click()
+    for framework, shown in (("tensorflow", True), ("pytorch", False)):
+        states = page.locator(f"label[data-sync-id={framework}]").evaluate_all(
+            "ls => ls.map(l => document.getElementById(l.htmlFor).checked)"
+        )
+        assert states == [shown] * len(states)
+    page.reload()
+    chosen = labels.evaluate_all("ls => ls.map(l => document.getElementById(l.htmlFor).checked)")
+    assert all(chosen)
+
+
+def test_tabs_work_without_a_script(browser, site):
+    context = browser.new_context(base_url=site, java_script_enabled=False)
+    page = context.new_page()
+    for document in CHAPTERS:
+        page.goto(f"/{document}.html")
+        label = page.locator("label[data-sync-id=tensorflow]").first
+        if label.count():
+            panel = page.locator(f"[id='{label.get_attribute('aria-controls')}']")
+            assert not panel.is_visible()
+            label.click()
+            assert panel.is_visible()
+    context.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# In the files
+
+
+@every_page
+def test_every_figure_has_alt_text(document):
+    article = soup(HTML / f"{document}.html").find("article")
+    for image in article.find_all("img") if article else ():
+        text = image.get("alt", "").strip()
+        assert len(text) >= 10, image
+        assert not re.search(r"\.(png|svg|jpe?g|gif)$", text), image
+
+
+@every_page
+def test_every_internal_link_resolves(document):
+    here = HTML / f"{document}.html"
+    for link in soup(here).find_all("a", href=True):
+        if urlsplit(link["href"]).scheme or link["href"].startswith("//"):
+            continue
+        address, fragment = urldefrag(link["href"])
+        target = (here.parent / unquote(urlsplit(address).path)).resolve() if address else here
+        assert target.is_file(), link["href"]
+        if fragment and target.suffix == ".html":
+            assert unquote(fragment) in anchors(target), link["href"]
+
+
+@pytest.mark.parametrize("document", CHAPTERS)
+def test_every_chapter_was_executed(document):
+    cache = executed.cache_of(ROOT)
+    notebook = executed.executed(ROOT / f"{document}.ipynb", cache)
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("document", CHAPTERS)
+def test_the_page_shows_the_verdicts_of_its_notebook(document):
+    shown = [card.get_text() for card in soup(HTML / f"{document}.html").select(".verdict")]
+    given = claims.verdicts_in(ROOT / "_build" / "executed" / f"{document}.ipynb")
+    assert len(shown) == len(given)
+    for text, (claim_id, word) in zip(shown, given, strict=True):
+        assert text.startswith(claim_id)
+        assert f"{word.capitalize()}." in text
+
+
+def test_the_ledger_page_says_what_the_ledger_says():
+    ledger = json.loads((ROOT / "_build" / "ledger.json").read_text())
+    page = soup(HTML / "book" / "claims.html")
+    registry = claims.load(ROOT / "book" / "claims.yml")
+    rows = {row["id"]: row for row in page.select("table.ledger tbody tr")}
+    assert set(rows) == {f"claim-{claim_id}" for claim_id in registry}
+    words = Counter()
+    for claim_id in registry:
+        word = rows[f"claim-{claim_id}"].select_one(".verdict-badge").get_text()
+        assert word == ledger.get(claim_id, {}).get("verdict", "open")
+        words[word] += 1
+    summary = page.select_one(".ledger-summary").get_text()
+    assert summary.startswith(f"{len(ledger)} of {len(registry)} ")
+    assert {w: int(n) for n, w in re.findall(r"(\d+) ([a-z]+)[,.]", summary)} == dict(words)
+
+
+def test_the_claims_of_the_chapters_are_all_decided():
+    ledger = json.loads((ROOT / "_build" / "ledger.json").read_text())
+    chapters = {Path(name).name for name in CHAPTERS}
+    registry = claims.load(ROOT / "book" / "claims.yml")
+    assert set(ledger) == {c.id for c in registry.values() if c.chapter in chapters}
