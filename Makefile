@@ -28,7 +28,7 @@ book: $(STAMP)  ## execute the notebooks and build the pages into _build/html
 test: $(STAMP)  ## unit tests, every notebook, the built book in a headless Chromium
 	$(BIN)/pytest -q -n 2 --ignore=tests/book tests
 	$(BIN)/pytest -q $(NBVAL) notebooks
-	$(BIN)/pytest -q tests/book
+	$(BIN)/pytest -q -n 2 --dist loadgroup tests/book
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -4,10 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import executed
 import nbformat
 import pytest
 import yaml
+
+import executed
 from fresh import ROOT
 
 NOTEBOOKS = executed.notebooks(ROOT)

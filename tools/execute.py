@@ -90,8 +90,12 @@ def execute(
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each kernel warns of plain TCP
         on_cell_start=lambda cell, cell_index: current.update(index=cell_index),
     )
+    log = root / "_build" / "kernels" / f"{path.stem}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        client.execute()
+        # The kernel's cells have their own stderr; what the frameworks' C++ says goes to a file.
+        with log.open("w") as stderr:
+            client.execute(stderr=stderr)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise NotebookFailed(explain(name, notebook, current.get("index", 0), error)) from error
     seconds = time.perf_counter() - start

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import chromium
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from fresh import ROOT
+from filelock import FileLock
 from playwright.sync_api import Browser, Page, sync_playwright
+
+import chromium
+from fresh import ROOT
 
 HTML = ROOT / "_build" / "html"
 
@@ -45,12 +47,19 @@ class Visit:
 
 
 @pytest.fixture(scope="session")
-def book() -> Path:
+def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The folder of the built pages; builds them first when they are not current."""
-    command = [sys.executable, ROOT / "tools" / "build.py"]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    if built.returncode:
-        pytest.exit(f"the book does not build\n{built.stdout}\n{built.stderr}", returncode=1)
+    base = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        base = base.parent  # the workers of one run share it: the first to come builds
+    with FileLock(base / "book.lock"):
+        failed, done = base / "book.failed", base / "book.done"
+        if not failed.exists() and not done.exists():
+            command = [sys.executable, ROOT / "tools" / "build.py"]
+            built = subprocess.run(command, capture_output=True, text=True, check=False)
+            (failed if built.returncode else done).write_text(built.stdout + built.stderr)
+    if failed.exists():
+        pytest.exit(f"the book does not build\n{failed.read_text()}", returncode=1)
     return HTML
 
 
