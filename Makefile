@@ -26,7 +26,7 @@ book: $(STAMP)  ## execute the notebooks and build the pages into _build/html
 	@$(BIN)/python tools/build.py
 
 test: $(STAMP)  ## unit tests, every notebook, the built book in a headless Chromium
-	$(BIN)/pytest -q -n 2 --ignore=tests/book tests
+	$(BIN)/pytest -q -n 2 --dist loadgroup --ignore=tests/book tests
 	$(BIN)/pytest -q $(NBVAL) notebooks
 	$(BIN)/pytest -q -n 2 --dist loadgroup tests/book
 

@@ -35,7 +35,7 @@ def build_pages(root: Path) -> int:
         ).returncode
     if status:
         lines = ANSI.sub("", log.read_text(encoding="utf-8")).splitlines()
-        telling = [line for line in lines if re.search(r": (WARNING|ERROR|CRITICAL): |rror:", line)]
+        telling = [line for line in lines if re.search(r"\b(WARNING|ERROR|CRITICAL): |rror:", line)]
         print("\n".join(lines[-30:]))
         if telling:
             print("\nThe book was not built.  Warnings count as errors:")

@@ -28,6 +28,8 @@ KERNEL_ENVIRONMENT = {
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
+    # Figures go into the page, also when the build was started by something that has no display.
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     # A frozen debugger warning on Python 3.11 and later would land in the page.
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }

@@ -29,7 +29,7 @@ def require_alt_text(app, doctree, docname: str) -> None:
         text = image.get("alt", "").strip()
         if not text or text == image.get("uri") or re.fullmatch(r"\S+\.(png|svg|jpe?g)", text):
             advice = "in a notebook: cell metadata mystnb.image.alt"
-            LOGGER.warning("%s has no alt text; %s", image.get("uri"), advice, location=image)
+            LOGGER.warning("%s has no alt text; %s", image.get("uri"), advice, location=docname)
 
 
 def lighten(app, exception) -> None:

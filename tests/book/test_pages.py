@@ -115,6 +115,16 @@ def test_every_figure_has_alt_text(document):
         assert not re.search(r"\.(png|svg|jpe?g|gif)$", text), image
 
 
+@pytest.mark.parametrize("document", CHAPTERS)
+def test_every_described_figure_is_on_the_page(document):
+    notebook = json.loads((ROOT / f"{document}.ipynb").read_text(encoding="utf-8"))
+    described = [cell["metadata"].get("mystnb", {}).get("image", {}) for cell in notebook["cells"]]
+    texts = [" ".join(image["alt"].split()) for image in described if "alt" in image]
+    images = soup(HTML / f"{document}.html").find("article").find_all("img")
+    shown = {" ".join(image.get("alt", "").split()) for image in images}
+    assert set(texts) <= shown
+
+
 @every_page
 def test_every_internal_link_resolves(document):
     here = HTML / f"{document}.html"
