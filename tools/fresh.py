@@ -17,22 +17,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from gradlab.notebook import ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parent.parent
 
-#: What every kernel of the book runs with.  Two notebooks run side by side, so one framework thread
-#: each; and TensorFlow writes to the file descriptor, past every Python filter, unless told not to.
-KERNEL_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TF_ENABLE_ONEDNN_OPTS": "0",
-    # Figures go into the page, also when the build was started by something that has no display.
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    # A frozen debugger warning on Python 3.11 and later would land in the page.
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-}
+#: What every kernel of the book runs with.  The last one: a frozen debugger warning on Python 3.11
+#: and later would land in the page.
+KERNEL_ENVIRONMENT = ENVIRONMENT | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 #: Where results live, below `_build`: executed cells, and the pages read from them.
 RESULTS = (".jupyter_cache", ".doctrees", "jupyter_execute", "executed")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-# Two threads of one framework on a busy two-core machine cost far more than they bring.
-_ENVIRONMENT = {
+#: What a notebook's process runs with.  One thread per framework: two notebooks run side by side,
+#: and two threads of one framework on a busy two-core machine cost far more than they bring.
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
@@ -39,7 +40,7 @@ def setup() -> int:
 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     plot.use_style()
     return base_seed()
