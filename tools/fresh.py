@@ -21,9 +21,13 @@ from gradlab.notebook import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: What every kernel of the book runs with.  The last one: a frozen debugger warning on Python 3.11
-#: and later would land in the page.
-KERNEL_ENVIRONMENT = ENVIRONMENT | {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+#: What every kernel of the book runs with.
+KERNEL_ENVIRONMENT = ENVIRONMENT | {
+    # Figures go into the page, also when the build was started by something that has no display.
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    # A frozen debugger warning on Python 3.11 and later would land in the page.
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
 
 #: Where results live, below `_build`: executed cells, and the pages read from them.
 RESULTS = (".jupyter_cache", ".doctrees", "jupyter_execute", "executed")
