@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-#: What a notebook's process runs with.  One thread per framework: two notebooks run side by side,
-#: and two threads of one framework on a busy two-core machine cost far more than they bring.
+#: What a notebook's process runs with.  Notebooks run side by side, so one thread per framework;
+#: two of one framework on a busy two-core machine cost far more than they bring.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
