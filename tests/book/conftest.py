@@ -21,6 +21,8 @@ from fresh import ROOT
 
 HTML = ROOT / "_build" / "html"
 
+PATIENCE = 120_000  # milliseconds; a busy machine is no broken page
+
 #: How a page is looked at: the browser context's settings.
 MODES = {
     "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 900}},
@@ -90,6 +92,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, site: str) -> Iterator[Page]:
     """An empty page of a fresh context."""
     context = browser.new_context(base_url=site, **MODES["light"])
+    context.set_default_timeout(PATIENCE)
     yield context.new_page()
     context.close()
 
@@ -114,6 +117,7 @@ def visit(browser: Browser, site: str):
     def look(document: str, mode: str) -> Visit:
         seen = Visit()
         context = browser.new_context(base_url=site, **MODES[mode])
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on(
             "console",
