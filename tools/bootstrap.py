@@ -79,9 +79,9 @@ def install(python):
         )
     if "No matching distribution found" in done.stdout:
         give_up(
-            f"A pinned package (see above) has no version for Python {FOUND} at the package index "
-            f"that pip could reach, if it reached one. The pins were made with Python {NEEDED}: try "
-            f"make book PYTHON=python{NEEDED}"
+            f"A pinned package (see above) has no version for Python {FOUND} at the index that pip "
+            f"asked, if it could reach one. The pins were made with Python {NEEDED}; try: make book "
+            f"PYTHON=python{NEEDED}"
         )
     give_up("pip failed; what it said stands above.")
 
