@@ -80,8 +80,8 @@ def install(python):
     if "No matching distribution found" in done.stdout:
         give_up(
             f"A pinned package (see above) has no version for Python {FOUND} at the index that pip "
-            f"asked, if it could reach one. The pins were made with Python {NEEDED}; try: make book "
-            f"PYTHON=python{NEEDED}"
+            f"asked, if it could reach one. The pins were made with Python {NEEDED}; try: "
+            f"make book PYTHON=python{NEEDED}"
         )
     give_up("pip failed; what it said stands above.")
 
