@@ -21,6 +21,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 
+@pytest.fixture(autouse=True)
+def figures_as_they_were():
+    """What a test does to matplotlib's settings ends with it."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        yield
+
+
 @pytest.fixture(scope="session", params=["torch", "keras"])
 def side(request):
     """`gradlab.torch`, then `gradlab.keras`: the same names, so the same tests."""

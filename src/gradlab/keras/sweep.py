@@ -23,6 +23,7 @@ def train(
     seed: int = 0,
     activation: str = "relu",
     loss: str = "cross_entropy",
+    output_scale: float = 1.0,
     x_test: np.ndarray | None = None,
     y_test: np.ndarray | None = None,
     record_layers: bool = False,
@@ -45,6 +46,7 @@ def train(
         activation: "relu", "tanh" or "linear", after every layer but the last.
         loss: "cross_entropy" of softmax outputs, or "mse", half the squared distance to the
             target; both averaged over the minibatch.
+        output_scale: a constant that multiplies the outputs before the loss; it is not trained.
         x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
         record_layers: whether to keep the gradient norm of each layer's pre-activation.
 
@@ -68,6 +70,7 @@ def train(
         tuple(map(tf.constant, problem.weights)),
         *map(tf.constant, (problem.x, problem.y, problem.x_rows, problem.y_rows, problem.lr)),
         tf.constant(problem.x_test),
+        tf.constant(output_scale, problem.x.dtype),
         activation=activation,
         loss=loss,
         record_layers=record_layers,
@@ -83,7 +86,7 @@ def train(
 
 
 @tf.function
-def _train(w, x, y, x_rows, y_rows, lr, x_test, *, activation, loss, record_layers):
+def _train(w, x, y, x_rows, y_rows, lr, x_test, scale, *, activation, loss, record_layers):
     """The whole training as one graph, so that Python is left once and not once a step."""
     steps = tf.shape(x_rows)[0]
     losses = tf.TensorArray(x.dtype, steps)
@@ -92,7 +95,7 @@ def _train(w, x, y, x_rows, y_rows, lr, x_test, *, activation, loss, record_laye
         with tf.GradientTape() as tape:
             tape.watch(w)
             z = [*_pre_activations(w, tf.gather(x, x_rows[step]), _ACTIVATIONS[activation])]
-            loss_of_each = _LOSSES[loss](z[-1], tf.gather(y, y_rows[step]))  # (members,)
+            loss_of_each = _LOSSES[loss](scale * z[-1], tf.gather(y, y_rows[step]))  # (members,)
         grads = tape.gradient(loss_of_each, [*w, *z] if record_layers else [*w])
         norms = tf.stack([_norm(grad) for grad in grads], -1)  # (members, layers [+ layers])
         losses = losses.write(step, loss_of_each)

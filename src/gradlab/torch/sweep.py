@@ -23,6 +23,7 @@ def train(
     seed: int = 0,
     activation: str = "relu",
     loss: str = "cross_entropy",
+    output_scale: float = 1.0,
     x_test: np.ndarray | None = None,
     y_test: np.ndarray | None = None,
     record_layers: bool = False,
@@ -45,6 +46,7 @@ def train(
         activation: "relu", "tanh" or "linear", after every layer but the last.
         loss: "cross_entropy" of softmax outputs, or "mse", half the squared distance to the
             target; both averaged over the minibatch.
+        output_scale: a constant that multiplies the outputs before the loss; it is not trained.
         x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
         record_layers: whether to keep the gradient norm of each layer's pre-activation.
 
@@ -72,7 +74,7 @@ def train(
     losses, grad_norms, delta_norms = [], [], []
     for x_row, y_row in zip(x_rows, y_rows, strict=True):  # (members, batch)
         z = list(_pre_activations(w, x[x_row], act))
-        loss_of_each = _LOSSES[loss](z[-1], y[y_row])  # (members,)
+        loss_of_each = _LOSSES[loss](output_scale * z[-1], y[y_row])  # (members,)
         grads = torch.autograd.grad(loss_of_each.sum(), [*w, *z] if record_layers else w)
         norms = torch.stack([_norm(grad) for grad in grads], -1)  # (members, layers [+ layers])
         losses.append(loss_of_each.detach())
