@@ -30,8 +30,8 @@ test: $(STAMP)  ## unit tests, every notebook, the built book in a headless Chro
 	$(BIN)/pytest -q $(NBVAL) notebooks
 	$(BIN)/pytest -q -n 2 --dist loadgroup tests/book
 
-lab: $(STAMP)  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+lab: $(STAMP)  ## JupyterLab on the notebooks (LAB_ARGS=... adds options, as --allow-root)
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)
 
 check: $(STAMP)  ## style of code and notebooks, stripped outputs, spelling
 	$(BIN)/ruff check .
