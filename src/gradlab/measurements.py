@@ -1,0 +1,249 @@
+"""What `diagnose` measures on one training step, in either framework; `gradlab.diagnosis` judges it.
+
+Every norm is an L2 norm, computed so that its square neither over- nor underflows.  A *signal* is
+the gradient of the loss with respect to the output of an operation: what backpropagation carries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's program something happened.
+
+    Attributes:
+        module: dotted module name (PyTorch) or layer path (Keras); "" in the model's own forward
+            function, "loss" outside the model.
+        operation: the framework's name of the operation, "sqrt".
+        source: the user's line, "train.py:12: y = x.sqrt()"; "" where none could be found.
+    """
+
+    module: str
+    operation: str = ""
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        """The module, or "model" for the model's own forward function."""
+        return self.module or "model"
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A tensor of the batch, a parameter or a buffer, as found.
+
+    Attributes:
+        name: "batch[0]", "batch['mask']", a parameter's or a buffer's name.
+        role: "batch", "parameter" or "buffer".
+        size: number of elements.
+        not_finite: how many of them are inf or NaN; an additive mask of 0 and −inf counts none.
+        largest: the largest finite magnitude.
+        lowest, highest: ends of the finite values.
+        integer: whether it holds integers (labels, tokens).
+    """
+
+    name: str
+    role: str
+    size: int
+    not_finite: int
+    largest: float
+    lowest: float = 0.0
+    highest: float = 0.0
+    integer: bool = False
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The step did not run to its end: the model or the loss raised.
+
+    Attributes:
+        place: the operation that raised, as far as known.
+        error: class and message of the exception.
+        integers: the integer tensors that the operation got, the suspects where an index is out
+            of range.
+        one_sample: the operation needs statistics, and got a single value for each of them.
+    """
+
+    place: Place
+    error: str
+    integers: tuple[TensorFacts, ...] = ()
+    one_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """The first operation that made an inf or a NaN out of numbers.
+
+    Attributes:
+        place: the operation.
+        phase: "forward" or "backward".
+        made: "inf" or "nan".
+        masked: backward only: the incoming signal was 0 wherever the result is not finite, as
+            behind a `where` that discards the branch.
+        in_float64: whether the same operation on the same inputs is finite in float64; None if
+            that could not be tried.
+        inputs: the operation's inputs in words, "float32 (64, 10), 0 to 3.2".
+        largest_input: their largest finite magnitude.
+    """
+
+    place: Place
+    phase: str
+    made: str
+    masked: bool = False
+    in_float64: bool | None = None
+    inputs: str = ""
+    largest_input: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """One use of a weight matrix (or kernel, or table) in the step.
+
+    Attributes:
+        module: whose weight it is.
+        parameter: the weight's name.
+        depth: 1 for the last weight before the loss; otherwise one more than the deepest use
+            between it and the loss.
+        signal: norm of the signal at its output.
+        output: norm of its output; NaN if not measured.
+    """
+
+    module: str
+    parameter: str
+    depth: int
+    signal: float
+    output: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Jump:
+    """The operation without a weight that multiplied the signal most.
+
+    Attributes:
+        place: the operation.
+        factor: norm of the signal behind it over that before it.
+        linear: it multiplies by a constant, whatever the data (a loss scale, a temperature).
+    """
+
+    place: Place
+    factor: float
+    linear: bool = False
+
+
+@dataclass(frozen=True)
+class Float64:
+    """The same step with parameters, buffers and batch in float64.
+
+    Attributes:
+        loss: its loss.
+        total: norm over all its gradients.
+        finite: whether loss and gradients are.
+        difference: ‖g − g₆₄‖ / ‖g₆₄‖ over all gradients; None where a step draws random numbers.
+        lost: share of the gradient's elements that are 0 in the model's own format only.
+        layers: its layer uses.
+    """
+
+    loss: float
+    total: float
+    finite: bool
+    difference: float | None = None
+    lost: float = 0.0
+    layers: tuple[LayerUse, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What the stability limit depends on.
+
+    Attributes:
+        name: the optimiser's class.
+        method: "gradient descent", "momentum", "nesterov", "adam" (any method that divides by a
+            running size of the gradient), or "" for one that is not known.
+        learning_rate: the largest over the parameter groups.
+        momentum: β, or Adam's β₁.
+        steps: how many steps it has taken, 0 if it is new; None if unknown.
+    """
+
+    name: str
+    method: str
+    learning_rate: float
+    momentum: float = 0.0
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Largest eigenvalue of the loss's Hessian, on this batch.
+
+    Attributes:
+        sharpness: the eigenvalue, of P^-½ H P^-½ if `preconditioned`.
+        preconditioned: whether Adam's denominators P were taken into account.
+        where: the parameter that carries most of the eigenvector.
+        converged: whether the iteration settled to 2 %.
+    """
+
+    sharpness: float
+    preconditioned: bool = False
+    where: str = ""
+    converged: bool = True
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A few steps of the user's own optimiser on this batch, taken back afterwards.
+
+    Attributes:
+        losses: loss before each step, and after the last.
+        moved: ‖w_after − w_before‖ / ‖w_before‖ over all trained parameters.
+        where: the parameter that moved most, relative to its norm.
+    """
+
+    losses: tuple[float, ...]
+    moved: float
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Everything that was measured on one step.
+
+    Attributes:
+        framework: "PyTorch" or "Keras".
+        dtype: the parameters' number format, "float32".
+        loss: its value; NaN if the step raised.
+        gradients: (name, norm) of every trainable parameter that got a gradient, in the model's
+            order; the norm is inf or NaN only where the gradient holds one.
+        norm_overflows: every gradient is finite, and the norm over them, taken in the gradients'
+            own format, is not.
+        tensors: batch, parameters and buffers.
+        raised: what stopped the step, if something did.
+        forward, backward: the first non-finite operation of each pass, if it reached the loss or
+            a gradient.
+        layers: uses of weights, in the order of the forward pass; empty if not measured.
+        jump: the largest gain of one operation.
+        float64: the step in float64; None if it could not be run.
+        optimizer, curvature, trial: None without an optimiser, or if not measured.
+        summed: the loss of the batch is the sum of the losses of its halves, not their mean;
+            None if not measured.
+        notes: what could not be measured, and why, in sentences.
+    """
+
+    framework: str
+    dtype: str
+    loss: float
+    gradients: tuple[tuple[str, float], ...] = ()
+    norm_overflows: bool = False
+    tensors: tuple[TensorFacts, ...] = ()
+    raised: Raised | None = None
+    forward: Event | None = None
+    backward: Event | None = None
+    layers: tuple[LayerUse, ...] = field(default=(), repr=False)
+    jump: Jump | None = None
+    float64: Float64 | None = None
+    optimizer: OptimizerFacts | None = None
+    curvature: Curvature | None = None
+    trial: Trial | None = None
+    summed: bool | None = None
+    notes: tuple[str, ...] = ()
