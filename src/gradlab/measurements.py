@@ -125,11 +125,14 @@ class Jump:
         place: the operation.
         factor: norm of the signal behind it over that before it.
         linear: it multiplies by a constant, whatever the data (a loss scale, a temperature).
+        at: the smallest magnitude among its inputs, at the element with the largest signal: next
+            to 0 near a pole.
     """
 
     place: Place
     factor: float
     linear: bool = False
+    at: float = float("nan")
 
 
 @dataclass(frozen=True)

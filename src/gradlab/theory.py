@@ -256,12 +256,13 @@ def stability_limit(method: str = "gradient descent", momentum: float = 0.0) -> 
     """Largest learning rate × curvature at which a method is stable on a quadratic.
 
     Args:
-        method: "gradient descent" (2), "momentum" (Polyak's heavy ball, 2(1+β)) or "nesterov"
-            (2(1+β)/(1+2β)).
+        method: "gradient descent" (2), "momentum" (Polyak's heavy ball, 2(1+β)), "nesterov"
+            (2(1+β)/(1+2β)) or "adam" (2(1+β)/(1−β), β being β₁: its momentum is an average).
         momentum: β, 0 ≤ β < 1; gradient descent takes none.
 
     Returns:
-        The limit of lr·λ, λ being the largest eigenvalue of the Hessian.
+        The limit of lr·λ, λ being the largest eigenvalue of the Hessian; for Adam, of the Hessian
+        divided by its denominators, while these stand still.
 
     Raises:
         ValueError: an unknown method, or a momentum out of range.
@@ -277,4 +278,8 @@ def stability_limit(method: str = "gradient descent", momentum: float = 0.0) -> 
             return 2 * (1 + momentum)
         case "nesterov":
             return 2 * (1 + momentum) / (1 + 2 * momentum)
-    raise ValueError(f"method must be 'gradient descent', 'momentum' or 'nesterov', got {method!r}")
+        case "adam":
+            return 2 * (1 + momentum) / (1 - momentum)
+    raise ValueError(
+        f"method must be 'gradient descent', 'momentum', 'nesterov' or 'adam', got {method!r}"
+    )

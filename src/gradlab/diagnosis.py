@@ -1,0 +1,573 @@
+"""Why a training step failed: rules from `gradlab.measurements` to kind, place and remedy.
+
+Both frameworks measure, and this module alone judges.  No rule knows a case or an operation by
+name; each compares measured numbers with the thresholds below.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gradlab import theory
+from gradlab.measurements import Event, LayerUse, Measurements, TensorFacts
+from gradlab.remedies import REMEDIES
+
+KINDS = {
+    "bad input": "the step was given something that no network can learn from",
+    "singularity": "one operation has no finite value or no finite slope at its input",
+    "explosion": "the gradient grows as it is carried back through the network",
+    "precision": "the numbers do not fit the number format; in float64 they would",
+    "divergence": "the gradient is sound and the step is too large for the curvature",
+    "vanishing": "the gradient does not reach the first layers",
+    "healthy": "nothing is wrong with this step",
+}
+"""The kinds of trouble, most severe first, each in a clause."""
+
+OUT_OF_RANGE = 1e6
+"""Data or weights beyond this are suspects when the step also shows a symptom."""
+LARGE_GRADIENT = 1e4
+"""A total gradient norm beyond this is a symptom."""
+GROWTH = 100.0
+"""Total growth of the signal, spread over layers, that counts as an explosion …"""
+STEADY_GROWTH = (20.0, 1.12)
+"""… or this total, at this rate a layer or more, over ten layers or more."""
+JUMP = 1e4
+"""Growth at a single place that counts."""
+NEAR_POLE = 1e-2
+"""An input at most this large counts as next to 0."""
+VANISHED = 1e-6
+"""Signal at the first layers, relative to the last one, below which they do not learn."""
+DIFFERENT = {"float16": 0.5, "bfloat16": 0.5}
+"""‖g − g₆₄‖/‖g₆₄‖ beyond which the format spoils the gradient; 0.1 for any other format."""
+LOST = 0.5
+"""Share of the gradient's elements that underflow."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        where: dotted module or layer name, parameter name, "loss", "model" or "batch".
+        evidence: what was measured, with its figures.
+        remedy: what to do.
+        chapter: the chapter of the book that shows it.
+        source: the user's line, "train.py:12: y = x.sqrt()"; "" where none applies.
+    """
+
+    kind: str
+    where: str
+    evidence: str
+    remedy: str
+    chapter: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is wrong with a training step.  Prints as a paragraph, shows as a card in a notebook.
+
+    Attributes:
+        kind: a key of `KINDS`: that of the most severe finding, or "healthy".
+        where: the place of the most severe finding; "" for a healthy step.
+        findings: what is wrong, most severe first.
+        checks: what was measured and found in order, in sentences with their figures.
+        notes: what could not be measured, and why.
+        measurements: the numbers themselves.
+    """
+
+    kind: str
+    where: str
+    findings: tuple[Finding, ...] = ()
+    checks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    measurements: Measurements | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        def fill(text: str, indent: str = "  ") -> str:
+            return textwrap.fill(text, 88, initial_indent=indent, subsequent_indent=indent)
+
+        lines = [fill(self._headline(), "")]
+        for number, finding in enumerate(self.findings):
+            if number:
+                lines += [fill(f"Also {finding.kind}, {finding.where}.", "")]
+            lines += [fill(finding.evidence)]
+            lines += [f"  > {finding.source}"] * bool(finding.source)
+            lines += [fill(f"What to do: {finding.remedy} (Chapter: {finding.chapter}.)")]
+        lines += [fill(f"In order: {' '.join(self.checks)}")] * bool(self.checks)
+        lines += [fill(f"Not measured: {note}") for note in self.notes]
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        where = f" at {self.where}" if self.where else ""
+        return f"{self.kind.capitalize()}{where}: {KINDS[self.kind]}."
+
+    def _repr_html_(self) -> str:
+        text = html.escape
+        parts = [f"<p><strong>{text(self._headline())}</strong></p>"]
+        for number, finding in enumerate(self.findings):
+            title = f"<strong>Also {finding.kind}, {text(finding.where)}.</strong> "
+            parts += [f"<p>{title * bool(number)}{text(finding.evidence)}</p>"]
+            parts += [f"<pre>{text(finding.source)}</pre>"] * bool(finding.source)
+            parts += [
+                f"<p><strong>What to do.</strong> {text(finding.remedy)} "
+                f"<em>Chapter: {text(finding.chapter)}.</em></p>"
+            ]
+        if self.checks:
+            parts += [f"<p><strong>In order.</strong> {text(' '.join(self.checks))}</p>"]
+        parts += [f"<p><em>Not measured: {text(note)}</em></p>" for note in self.notes]
+        kind = self.kind.replace(" ", "-")
+        return f'<div class="diagnosis diagnosis-{kind}">{"".join(parts)}</div>'
+
+
+def judge(measurements: Measurements) -> Diagnosis:
+    """From measurements to kind, place and remedy.
+
+    Args:
+        measurements: one step's, of either framework.
+
+    Returns:
+        The diagnosis, its findings sorted by the order of `KINDS`.
+    """
+    m = measurements
+    found = [*_not_run(m), *_events(m), *_growth_findings(m), *_jumps(m), *_format(m)]
+    found += [*_step_size(m), *_vanishing(m)]
+    # Data and weights of an odd size are a cause only where there is a symptom.
+    symptom = bool(found) or not finite_step(m) or total_norm(m) > LARGE_GRADIENT
+    found += _inputs(m, symptom)
+    order = list(KINDS)
+    found.sort(key=lambda finding: order.index(finding.kind))
+    first = found[0] if found else None
+    return Diagnosis(
+        kind=first.kind if first else "healthy",
+        where=first.where if first else "",
+        findings=tuple(found),
+        checks=tuple(_in_order(m, found)),
+        notes=m.notes,
+        measurements=m,
+    )
+
+
+def _finding(kind: str, where: str, evidence: str, remedy: str, source: str = "") -> Finding:
+    return Finding(kind, where, evidence, *REMEDIES[remedy], source)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What the measurements amount to
+
+
+def total_norm(m: Measurements) -> float:
+    """L2 norm over all gradients; NaN or inf where one is."""
+    return math.hypot(*(norm for _, norm in m.gradients))
+
+
+def finite_step(m: Measurements) -> bool:
+    """Whether the step ran, and its loss and all its gradients are finite."""
+    return m.raised is None and math.isfinite(m.loss) and math.isfinite(total_norm(m))
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How the signal grows from the last weight back to where it is largest.
+
+    Attributes:
+        total: norm of the largest signal over that at the last weight.
+        spread: the same without the largest single factor between two depths.
+        layers: uses of weights between the two.
+        start: the last weight.
+        peak: the use with the largest signal.
+        over_time: the layers between are mostly one weight, used again and again.
+        in_float64: measured in float64, because it did not fit the model's own format.
+    """
+
+    total: float
+    spread: float
+    layers: int
+    start: LayerUse
+    peak: LayerUse
+    over_time: bool
+    in_float64: bool
+
+    @property
+    def rate(self) -> float:
+        """Factor a layer."""
+        return self.total ** (1 / max(self.layers, 1))
+
+    @property
+    def explodes(self) -> bool:
+        """Whether it counts."""
+        least, rate = STEADY_GROWTH
+        steady = self.layers >= 10 and self.rate >= rate and self.total >= least
+        return (self.total >= GROWTH and self.spread >= math.sqrt(GROWTH)) or (
+            steady and self.spread >= least / 2
+        )
+
+
+def growth(m: Measurements) -> Growth | None:
+    """Growth of the signal along the layers; None if no two depths were measured."""
+    uses, in_float64 = m.layers, False
+    if not uses or not all(math.isfinite(use.signal) for use in uses):
+        uses, in_float64 = (m.float64.layers if m.float64 else ()), True
+    at_depth: dict[int, LayerUse] = {}
+    for use in uses:
+        if not math.isfinite(use.signal):
+            return None
+        if use.depth not in at_depth or use.signal > at_depth[use.depth].signal:
+            at_depth[use.depth] = use
+    if len(at_depth) < 2:
+        return None
+    start = at_depth[min(at_depth)]
+    peak = max(at_depth.values(), key=lambda use: use.signal)
+    if start.signal == 0:
+        return None
+    reached, factors = start.signal, []
+    for depth in sorted(at_depth):
+        if depth <= peak.depth and at_depth[depth].signal > reached:
+            factors.append(at_depth[depth].signal / reached)
+            reached = at_depth[depth].signal
+    total = reached / start.signal
+    between = [use for use in uses if start.depth < use.depth <= peak.depth]
+    same = sum(use.parameter == peak.parameter for use in between)
+    depths = len({use.depth for use in between})
+    return Growth(
+        total=total,
+        spread=total / max(factors, default=1.0),
+        layers=peak.depth - start.depth,
+        start=start,
+        peak=peak,
+        over_time=same >= 5 and same >= depths / 2,
+        in_float64=in_float64,
+    )
+
+
+def _grows_forward(m: Measurements) -> tuple[LayerUse, float, int] | None:
+    """The last finite output, its growth over the first, and the layers between, if it counts."""
+    outputs = [use for use in m.layers if math.isfinite(use.output) and use.output > 0]
+    if len(outputs) < 4:
+        return None
+    factor = outputs[-1].output / outputs[0].output
+    largest = max(b.output / a.output for a, b in zip(outputs, outputs[1:], strict=False))
+    if factor / max(largest, 1.0) < GROWTH:
+        return None
+    return outputs[-1], factor, len(outputs) - 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The rules
+
+
+def _inputs(m: Measurements, symptom: bool) -> Iterator[Finding]:
+    for facts in m.tensors:
+        remedy = "bad batch" if facts.role == "batch" else f"bad {facts.role}"
+        where = "batch" if facts.role == "batch" else facts.name
+        if facts.not_finite and (facts.role != "batch" or symptom):
+            yield _finding(
+                "bad input",
+                where,
+                f"{facts.name}: {facts.not_finite} of {facts.size} numbers are inf or NaN, before "
+                "the step begins.",
+                remedy,
+            )
+        elif facts.largest >= OUT_OF_RANGE and symptom and not facts.integer:
+            yield _finding(
+                "bad input",
+                where,
+                f"{facts.name} holds numbers up to {_number(facts.largest)} in magnitude (from "
+                f"{_number(facts.lowest)} to {_number(facts.highest)}).",
+                remedy,
+            )
+
+
+def _indices(facts: TensorFacts) -> str:
+    return f"{facts.name} from {facts.lowest:.0f} to {facts.highest:.0f}"
+
+
+def _not_run(m: Measurements) -> Iterator[Finding]:
+    raised = m.raised
+    if raised is None:
+        return
+    evidence = f"The step raised in {raised.place.operation or 'the model'}: {raised.error}"
+    if raised.one_sample:
+        yield _finding(
+            "singularity", raised.place.name, evidence, "empty statistic", raised.place.source
+        )
+    elif raised.integers:
+        seen = ", ".join(_indices(facts) for facts in raised.integers)
+        evidence += f" The indices it got: {seen}."
+        yield _finding("bad input", "batch", evidence, "bad index", raised.place.source)
+    else:
+        yield _finding("bad input", raised.place.name, evidence, "bad shape", raised.place.source)
+
+
+def _described(event: Event) -> str:
+    made = {"inf": "inf", "nan": "NaN"}[event.made]
+    if event.phase == "forward":
+        first = f"Forward pass: {event.place.operation} made the first {made}"
+    else:
+        first = f"The forward pass is finite. Backward, the slope of {event.place.operation} made "
+        first += f"the first {made}"
+    return first + (f", from {event.inputs}. " if event.inputs else ". ")
+
+
+def _cure(m: Measurements) -> str:
+    if m.float64 is None:
+        return ""
+    if m.float64.finite:
+        return "In float64 the whole step is finite."
+    return "In float64 the step fails too: it is not a matter of the number format."
+
+
+def _events(m: Measurements) -> Iterator[Finding]:
+    event = m.forward or m.backward
+    if event is None:
+        if m.raised is None and not finite_step(m) and not _bad_before(m):
+            bad = next((n for n, norm in m.gradients if not math.isfinite(norm)), "loss")
+            fits = m.float64 is not None and m.float64.finite
+            kind, remedy = ("precision", "overflow") if fits else ("singularity", "pole")
+            evidence = f"The first gradient that is inf or NaN is that of {bad}. "
+            evidence += "The operation that made it could not be found. "
+            yield _finding(kind, bad, evidence + _cure(m), remedy)
+        return
+    evidence = _described(event)
+    where, source = event.place.name, event.place.source
+    if event.masked:
+        evidence += "The signal that arrives there is 0: the branch is thrown away, and 0 × inf "
+        evidence += "is NaN. "
+        yield _finding("singularity", where, evidence + _cure(m), "masked branch", source)
+    elif event.in_float64 is False or (event.in_float64 is None and event.made == "nan"):
+        evidence += "On the same inputs it is not finite in float64 either. " * (
+            event.in_float64 is False
+        )
+        yield _finding("singularity", where, evidence + _cure(m), "pole", source)
+    elif not _explodes(m):
+        evidence += f"On the same inputs in float64 it is finite: {m.dtype} is too small for the "
+        evidence += "result. "
+        yield _finding("precision", where, evidence + _cure(m), "overflow", source)
+
+
+def _bad_before(m: Measurements) -> bool:
+    return any(facts.not_finite for facts in m.tensors)
+
+
+def _explodes(m: Measurements) -> bool:
+    grown = growth(m)
+    return bool(grown and grown.explodes) or bool(
+        not finite_step(m) and grown is None and _grows_forward(m)
+    )
+
+
+def _growth_findings(m: Measurements) -> Iterator[Finding]:
+    grown = growth(m)
+    if grown is None:
+        forward = None if finite_step(m) else _grows_forward(m)
+        if forward and not _pole(m):
+            use, factor, layers = forward
+            yield _finding(
+                "explosion",
+                use.module or "model",
+                f"The activations grow {_number(factor)}-fold over {layers} layers before they "
+                f"overflow, {_number(factor ** (1 / layers))} a layer.",
+                "depth",
+            )
+        return
+    alone = grown.total >= JUMP and grown.layers >= 2 and not _near_pole(m)
+    if not grown.explodes and not alone:
+        return
+    unit = "time step" if grown.over_time else "layer"
+    start, peak = grown.start.module or "model", grown.peak.module or "model"
+    evidence = (
+        f"From {start} back to {peak} the gradient grows {_number(grown.total)}-fold over "
+        f"{grown.layers} {unit}s, {_number(grown.rate)} a {unit}"
+    )
+    evidence += ", measured in float64. " if grown.in_float64 else ". "
+    evidence += f"At the last layer its norm is {_number(grown.start.signal)}."
+    if not finite_step(m):
+        evidence += f" It does not fit {m.dtype}."
+    remedy = "time" if grown.over_time else "depth" if grown.explodes else "one layer"
+    yield _finding("explosion", peak, evidence, remedy)
+
+
+def _pole(m: Measurements) -> bool:
+    event = m.forward or m.backward
+    return event is not None and event.in_float64 is False
+
+
+def _near_pole(m: Measurements) -> bool:
+    jump = m.jump
+    return bool(
+        jump
+        and not jump.linear
+        and jump.factor >= JUMP
+        and jump.at <= NEAR_POLE
+        and total_norm(m) >= math.sqrt(JUMP)
+        and finite_step(m)
+    )
+
+
+def _jumps(m: Measurements) -> Iterator[Finding]:
+    if _near_pole(m):
+        yield _finding(
+            "singularity",
+            m.jump.place.name,
+            f"Everything is finite, but {m.jump.place.operation} alone multiplies the gradient by "
+            f"{_number(m.jump.factor)}: its input there is {_number(m.jump.at)}.",
+            "near pole",
+            m.jump.place.source,
+        )
+
+
+def _format(m: Measurements) -> Iterator[Finding]:
+    if m.norm_overflows:
+        largest = max(m.gradients, key=lambda pair: pair[1])
+        yield _finding(
+            "precision",
+            largest[0],
+            f"All gradients are finite, the largest norm being {_number(largest[1])}, but the norm "
+            f"over them overflows {m.dtype}.",
+            "norm",
+        )
+    wide = m.float64
+    if wide is None or not wide.finite or not finite_step(m):
+        return
+    if wide.lost >= LOST and not _faded(m):
+        yield _finding(
+            "precision",
+            "model",
+            f"{wide.lost:.0%} of the gradient's elements are 0 in {m.dtype} and not in float64.",
+            "underflow",
+        )
+    limit = DIFFERENT.get(m.dtype, 0.1)
+    if wide.difference is not None and wide.difference > limit and wide.total > 1e-4:
+        yield _finding(
+            "precision",
+            "model",
+            f"The gradient in {m.dtype} differs from that in float64 by "
+            f"{wide.difference:.0%} of its norm; the loss is {_number(m.loss)} against "
+            f"{_number(wide.loss)}.",
+            "cancellation",
+        )
+
+
+def _limit(m: Measurements) -> float | None:
+    """Largest stable learning rate on this batch; None if not known."""
+    if m.optimizer is None or m.curvature is None or not m.optimizer.method:
+        return None
+    if not m.curvature.sharpness > 0:
+        return None
+    beta = 0.0 if m.optimizer.method == "gradient descent" else m.optimizer.momentum
+    return theory.stability_limit(m.optimizer.method, beta) / m.curvature.sharpness
+
+
+def _step_size(m: Measurements) -> Iterator[Finding]:
+    limit, rate = _limit(m), m.optimizer.learning_rate if m.optimizer else math.nan
+    above = limit is not None and rate > limit
+    losses = m.trial.losses if m.trial else ()
+    blew_up = rises = False
+    if losses and math.isfinite(losses[0]):
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        broke = len(finite) < len(losses)
+        scale = abs(losses[0]) + 1e-12
+        climbed = (max(finite) - losses[0]) / scale
+        blew_up = broke or (climbed > 9 and m.trial.moved >= 1)
+        rises = broke or losses[-1] > losses[0] or climbed > 9
+    if not (blew_up or (above and (rises or not losses))):
+        return
+    evidence = ""
+    if limit is not None:
+        name = "preconditioned curvature" if m.curvature.preconditioned else "curvature"
+        evidence += (
+            f"The largest {name} is {_number(m.curvature.sharpness)}, so {m.optimizer.name} is "
+            f"stable up to a learning rate of {limit:.4g}; it is {rate:.4g}, "
+            f"{_number(rate / limit)} times the limit. "
+        )
+    if losses:
+        last = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        course = f"{_number(losses[0])} → {_number(max(finite))}"
+        evidence += f"Tried on this batch alone, the loss goes {course} in {len(losses) - 1} steps"
+        evidence += f" and is not finite after {last}." if last is not None else "."
+    if m.summed:
+        evidence += " The loss is summed over the batch, not averaged."
+    where = "loss" if m.summed else m.curvature.where if above else m.trial.where
+    remedy = "summed loss" if m.summed else "step size"
+    yield _finding("divergence", where or "model", evidence.strip(), remedy)
+
+
+def _faded(m: Measurements) -> tuple[LayerUse, LayerUse, float] | None:
+    """Last and first layer, and how much smaller the signal is at the first, if it counts."""
+    uses = m.layers
+    if not uses or not all(math.isfinite(use.signal) for use in uses):
+        return None
+    # A weight that is used at every time step learns from the strongest of its uses.
+    strongest: dict[str, LayerUse] = {}
+    for use in uses:
+        known = strongest.get(use.parameter)
+        if known is None or use.signal > known.signal:
+            strongest[use.parameter] = use
+    layers = sorted(strongest.values(), key=lambda use: use.depth)
+    last = layers[0]
+    if len(layers) < 2 or last.signal == 0:
+        return None
+    deepest = layers[-1].depth
+    first = max(
+        (use for use in layers if use.depth > last.depth and use.depth >= 0.75 * deepest),
+        key=lambda use: use.signal,
+        default=None,
+    )
+    if first is None or first.signal > VANISHED * last.signal:
+        return None
+    return last, first, first.signal / last.signal
+
+
+def _vanishing(m: Measurements) -> Iterator[Finding]:
+    if not finite_step(m) or not m.gradients:
+        return
+    if total_norm(m) == 0 and abs(m.loss) > 1e-3:
+        yield _finding(
+            "vanishing",
+            "loss",
+            f"The loss is {_number(m.loss)}, and the gradient of every parameter is exactly 0.",
+            "dead",
+        )
+    elif faded := _faded(m):
+        last, first, factor = faded
+        apart = max(first.depth - last.depth, 1)
+        where = first.module or "model"
+        evidence = f"From {last.module or 'model'} back to {where} the gradient "
+        if factor == 0:
+            evidence += "falls to exactly 0."
+        else:
+            evidence += f"shrinks {_number(1 / factor)}-fold over {apart} layers, "
+            evidence += f"{_number(factor ** (1 / apart))} a layer."
+        yield _finding("vanishing", where, evidence, "vanishing" if factor else "dead")
+
+
+def _in_order(m: Measurements, found: list[Finding]) -> Iterator[str]:
+    """What was measured and gives no cause for concern."""
+    kinds = {finding.kind for finding in found}
+    if finite_step(m):
+        yield f"Loss {_number(m.loss)} and all {len(m.gradients)} gradients are finite, "
+        yield f"total norm {_number(total_norm(m))}."
+    grown = growth(m)
+    if grown is not None and not kinds & {"explosion", "vanishing"}:
+        yield f"Along {grown.layers} layers the gradient grows at most {_number(grown.total)}-fold."
+    limit = _limit(m)
+    if limit is not None and "divergence" not in kinds:
+        share = m.optimizer.learning_rate / limit
+        yield f"The learning rate is {_number(share)} of the stability limit {limit:.4g}."
+        if share > 1:
+            yield "Above 1 and yet the loss falls: at the edge of stability that is usual."
+    if m.trial is not None and "divergence" not in kinds:
+        losses = m.trial.losses
+        yield f"{len(losses) - 1} steps on this batch take the loss from {_number(losses[0])} to "
+        yield f"{_number(losses[-1])}."
+    if m.float64 is not None and m.float64.difference is not None and "precision" not in kinds:
+        yield f"{m.dtype} and float64 agree to {_number(m.float64.difference)} of the gradient."
