@@ -107,9 +107,7 @@ def largest_eigenvalue(
             raise FloatingPointError("a product with the Hessian is not finite")
         for q in (*basis, *basis):  # twice is enough
             image = image - (image @ q) * q
-        ritz, vectors = np.linalg.eigh(
-            np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
-        )
+        ritz, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
         rest = float(np.linalg.norm(image))
         exhausted = rest <= 1e-6 * max(np.abs(ritz).max(), 1e-300) or len(basis) == start.size
         settled = exhausted or abs(ritz[-1] - before) <= SETTLED * abs(ritz[-1])
@@ -117,4 +115,5 @@ def largest_eigenvalue(
         if not settled and len(diagonal) < products:
             beside.append(rest)
             basis.append(image / rest)
-    return float(ritz[-1]), sum(c * q for c, q in zip(vectors[:, -1], basis, strict=True)), settled
+    vector = sum(c * q for c, q in zip(vectors[:, -1], basis, strict=True))
+    return float(ritz[-1]), vector, bool(settled)

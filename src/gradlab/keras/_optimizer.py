@@ -126,5 +126,3 @@ def trial(
         moved=moved / total if total else float("inf") if moved else 0.0,
         where=variables[int(np.argmax(np.nan_to_num(ratios, nan=np.inf)))].path,
     )
-
-

@@ -252,7 +252,9 @@ class Trace:
                 continue
             if all(finite(self.signal(t)) for t in op.inputs if _floating(t)):
                 continue
-            made = _attempt(lambda op=op, s=arriving: _slopes(op.type, op.attrs, *op_io(op), s))
+            made = _attempt(
+                lambda op=op, s=arriving: _slopes(op.type, op.attrs, op.inputs, op.outputs, s)
+            )
             bad = [g for g in made or () if not finite(g)]
             if bad:
                 nan = any(np.isnan(as_array(g)).any() for g in bad)
@@ -338,29 +340,29 @@ class Trace:
             depth = max(depths)
             weights = [t for t in op.inputs if isinstance(origin[id(t)], frozenset)]
             mixes = any(origin[id(t)] == "data" for t in op.outputs)
-            weight = next((t for t in weights if self._matrix(origin[id(t)])), None)
+            weight = next(
+                (
+                    t
+                    for t in weights
+                    if any(len(self.variables[i].shape) > 1 for i in origin[id(t)])
+                ),
+                None,
+            )
             if mixes and weight is not None and _TAKES_WEIGHT.search(op.type):
                 depth += 1
                 if arriving is not None:
                     index = min(origin[id(weight)])
-                    size = norm(op.outputs[0])
-                    uses.append((index, depth, norm(arriving), size))
+                    uses.append((index, depth, norm(arriving), norm(op.outputs[0])))
             elif not weights and arriving is not None:
                 gains.append(op)
             for t in op.inputs:
                 users[id(t)] = users.get(id(t), 0) + 1
                 if _floating(t) and depth > behind.get(id(t), -1):
                     behind[id(t)] = depth
-        layers = tuple(
-            LayerUse(self.owners.get(id(v), ""), v.path, depth, signal, size)
-            for v, depth, signal, size in (
-                (self.variables[i], d, s, o) for i, d, s, o in reversed(uses)
-            )
-        )
-        return layers, self._jump(gains, origin, users)
-
-    def _matrix(self, parameters: frozenset) -> bool:
-        return any(len(self.variables[i].shape) >= 2 for i in parameters)
+        named = [(self.variables[index], *rest) for index, *rest in reversed(uses)]
+        layers = tuple(LayerUse(self.owners.get(id(v), ""), v.path, *rest) for v, *rest in named)
+        bad = any(not finite(g) for g in self.gradients)
+        return layers, None if bad else self._jump(gains, origin, users)
 
     def _jump(self, ops: list[Op], origin: dict, users: dict[int, int]) -> Jump | None:
         sizes: dict[int, float] = {}
@@ -371,54 +373,46 @@ class Trace:
                 sizes[id(t)] = 0.0 if s is None else norm(s)
             return sizes[id(t)]
 
-        def ratio(op: Op, inputs: float) -> float:
-            arriving = float(np.hypot.reduce([size(t) for t in op.outputs if _floating(t)] or [0]))
-            return inputs / arriving if arriving > 0 and np.isfinite(inputs + arriving) else 0.0
+        def flowing(op: Op) -> list[int]:
+            return [i for i, t in enumerate(op.inputs) if self.signal(t) is not None]
 
-        def data(op: Op) -> list[int]:
-            return [i for i, t in enumerate(op.inputs) if _floating(t) and self._flows(t)]
+        def gain(op: Op, slopes: list) -> float:
+            arriving = float(np.hypot.reduce([0.0, *(size(t) for t in op.outputs)]))
+            return max(slopes, default=0.0) / arriving if arriving else 0.0
 
-        def most(op: Op) -> float:
-            return max((size(op.inputs[i]) for i in data(op)), default=0.0)
-
-        ranked = sorted(((ratio(op, most(op)), op) for op in ops), key=lambda pair: -pair[0])
-        best: tuple[float, Op | None] = (0.0, None)
-        for bound, op in ranked[:_REPLAYS]:
-            if bound <= best[0]:
+        ranked = [(gain(op, [size(op.inputs[i]) for i in flowing(op)]), op) for op in ops]
+        best: tuple[float, Op | None, list] = (0.0, None, [])
+        for factor, op in sorted(ranked, key=lambda pair: -pair[0])[:_REPLAYS]:
+            if factor <= best[0]:
                 break
-            if any(users[id(op.inputs[i])] > 1 for i in data(op)):
+            slopes = [self.signal(t) for t in op.inputs]
+            if any(users[id(op.inputs[i])] > 1 for i in flowing(op)):
                 # Others add to the signal at its input: take this operation's part alone.
+                arriving = map(self.signal, op.outputs)
                 made = _attempt(
-                    lambda op=op: _slopes(op.type, op.attrs, *op_io(op), map(self.signal, op.outputs))
+                    lambda op=op, s=arriving: _slopes(op.type, op.attrs, op.inputs, op.outputs, s)
                 )
                 if made is None:
                     continue
-                bound = ratio(op, max((norm(made[i]) for i in data(op) if made[i] is not None),
-                                      default=0.0))  # fmt: skip
-            if bound > best[0]:
-                best = bound, op
-        factor, op = best
+                slopes = [made[i] if i in flowing(op) else None for i in range(len(op.inputs))]
+                factor = gain(op, [norm(g) for g in slopes if g is not None])
+            if factor > best[0]:
+                best = factor, op, slopes
+        factor, op, slopes = best
         if op is None:
             return None
-        flowing = [i for i in data(op)]
-        others = [origin[id(t)] for i, t in enumerate(op.inputs) if i not in flowing]
-        alone = len(flowing) == 1 and all(kind == "constant" for kind in others)
+        moving = flowing(op)
+        fixed = all(origin[id(t)] == "constant" for t in op.inputs if self.signal(t) is None)
         linear = op.type in _LINEAR or (
-            op.type in _BILINEAR and alone and not ("Div" in op.type and flowing == [1])
-        )
-        return Jump(self._place(op), factor, linear)
-
-    def _flows(self, tensor: Any) -> bool:
-        return self.signal(tensor) is not None
+            op.type in _BILINEAR and len(moving) == 1 and fixed and (
+                "Div" not in op.type or moving == [0]
+            )
+        )  # fmt: skip
+        return Jump(self._place(op), factor, linear, _smallest_input(op, slopes))
 
 
 # ---------------------------------------------------------------------------------------------
 # One operation alone
-
-
-def op_io(op: Op) -> tuple[list, list]:
-    """Its inputs and its outputs."""
-    return op.inputs, op.outputs
 
 
 def _slopes(kind: str, attrs: tuple, inputs: list, outputs: list, arriving: Any) -> list:
@@ -429,6 +423,24 @@ def _slopes(kind: str, attrs: tuple, inputs: list, outputs: list, arriving: Any)
     ]
     made = backprop._gradient_function(kind, attrs, len(inputs), inputs, outputs, signals, (), "")
     return list(made) if isinstance(made, (list, tuple)) else [made]
+
+
+def _smallest_input(op: Op, slopes: list) -> float:
+    """Smallest magnitude among the inputs, at the element whose slope is largest."""
+    dense = [as_array(g) for g in slopes if isinstance(g, tf.Tensor)]
+    if not dense:
+        return float("nan")
+    steepest = max(dense, key=lambda g: np.max(np.abs(g), initial=0.0))
+    if not steepest.size:
+        return float("nan")
+    where = np.unravel_index(np.argmax(np.abs(steepest)), steepest.shape)
+    found = []
+    for t in filter(_floating, op.inputs):
+        try:
+            found.append(abs(float(np.broadcast_to(as_array(t), steepest.shape)[where])))
+        except ValueError:
+            continue  # of another shape
+    return min(found, default=float("nan"))
 
 
 def _rerun(op: Op) -> tuple[tuple, list, list]:

@@ -136,7 +136,7 @@ def measure(
         if not named:
             notes.append("The loss does not depend on any trainable variable.")
         sound = all(math.isfinite(size) for _, size in result["gradients"])
-        if not sound and result.get("forward") is None:
+        if not sound and math.isfinite(result["loss"]):
             with noted("Where the gradient stopped being finite is not known"):
                 result["backward"] = trace.backward_event()
         if sound and named:
@@ -191,7 +191,7 @@ def _scalar(loss: Any) -> tf.Tensor:
 
 def _message(error: BaseException) -> str:
     """Class and message of an exception, without TensorFlow's brackets."""
-    text = re.sub(r"\{\{.*?\}\}\s*", "", str(error)).strip()
+    text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:\w+\] name:.*", "", str(error)).strip()
     text = re.sub(r"\s*Arguments received by .*", "", text, flags=re.DOTALL)
     text = re.sub(r"\s+", " ", text)
     return f"{type(error).__name__}: {text[:300]}"
@@ -214,8 +214,9 @@ def _facts(name: str, role: str, value: Any) -> TensorFacts | None:
     kept = values if integer else values[np.isfinite(values)]
     low, high = (float(kept.min()), float(kept.max())) if kept.size else (0.0, 0.0)
     bad = int(values.size - kept.size)
-    if role == "batch" and bad and not np.any(kept) and np.all(np.isneginf(values[values != 0])):
-        bad = 0  # an additive mask
+    if role == "batch" and not integer and np.any(values == 0) and np.any(values < 0):
+        if np.all((values == 0) | (values <= -1e4)):  # an additive mask
+            low = high = bad = 0
     return TensorFacts(
         name, role, int(values.size), bad, max(abs(low), abs(high)), low, high, integer
     )
@@ -249,9 +250,12 @@ def _raised(trace: Trace, error: Exception) -> Raised:
         traceback = traceback.tb_next
     named = re.findall(r"\[Op:(\w+)\]", str(error))
     integers: list[TensorFacts] = []
-    for frame, _ in frames:
+    about_index = re.search(
+        r"is not in \[|outside the valid range|out of (range|bounds)", str(error)
+    )
+    for frame, _ in frames if named and about_index else ():
         code, local = frame.f_code, frame.f_locals
-        if named and code.co_name in ("quick_execute", "error_handler", "execute"):
+        if code.co_name in ("quick_execute", "error_handler", "execute"):
             leaves = tf.nest.flatten([local.get(key) for key in ("inputs", "args", "kwargs")])
             for leaf in leaves:
                 shape = np.shape(leaf) if hasattr(leaf, "shape") else None
@@ -284,18 +288,18 @@ def _in_float64(model: keras.Model, loss_fn: Loss, batch: Any, trace: Trace) -> 
         if g is not None and g64 is not None
     ]
     total = math.hypot(*(norm(tf.constant(g64)) for _, g64 in pairs))
-    difference = None
-    if not (trace.random or again.random):
-        with np.errstate(all="ignore"):
-            apart = math.hypot(*(norm(tf.constant(g - g64)) for g, g64 in pairs))
-            difference = apart / total if total else (0.0 if apart == 0 else math.inf)
-    zeros = sum(int(np.sum((g == 0) & (g64 != 0))) for g, g64 in pairs)
+    difference, lost = None, 0.0
+    if math.isfinite(total) and all(np.isfinite(g).all() for g, _ in pairs):
+        if total and not (trace.random or again.random):
+            difference = math.hypot(*(norm(tf.constant(g - g64)) for g, g64 in pairs)) / total
+        there = sum(np.count_nonzero(g64) for _, g64 in pairs)
+        lost = sum(np.count_nonzero((g == 0) & (g64 != 0)) for g, g64 in pairs) / max(there, 1)
     return Float64(
         loss=float(again.loss),
         total=total,
         finite=math.isfinite(float(again.loss)) and math.isfinite(total),
         difference=difference,
-        lost=zeros / max(sum(g.size for g, _ in pairs), 1),
+        lost=float(lost),
         layers=layers,
     )
 
