@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import keras
@@ -97,11 +97,8 @@ def measure(
         except Exception as error:
             notes.append(f"{what} ({_message(error)}).")
 
-    with untouched(model, optimizer, loss_fn, batch) as start_over:
-        if not model.built:
-            # Building creates variables, which only a second look can put back.
-            with noted("the model could not be built before the step"):
-                loss_fn(model, batch)
+    if not all(layer.built for layer in model._flatten_layers()):
+        _build(lambda: loss_fn(model, batch), untouched(model, optimizer, loss_fn, batch))
     with untouched(model, optimizer, loss_fn, batch) as start_over:
         variables = model.trainable_variables
         result: dict[str, Any] = {
@@ -168,8 +165,24 @@ def measure(
         return Measurements(**result, notes=tuple(notes))
 
 
+def _build(step: Callable[[], Any], unchanged: AbstractContextManager) -> None:
+    """Let the first step create the model's variables, and leave them as they were created."""
+    created: list[tuple[tf.Variable, np.ndarray]] = []
+
+    def creator(create: Callable, **options: Any) -> tf.Variable:
+        variable = create(**options)
+        created.append((variable, variable.numpy()))
+        return variable
+
+    with suppress(Exception), unchanged, tf.variable_creator_scope(creator):
+        step()  # if it raises, it will raise again where it is looked at
+    for variable, value in created:
+        variable.assign(value)
+
+
 def _random_states() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]
+    _, words, position, *_ = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), words.tobytes(), position
 
 
 def _scalar(loss: Any) -> tf.Tensor:
@@ -214,9 +227,9 @@ def _facts(name: str, role: str, value: Any) -> TensorFacts | None:
     kept = values if integer else values[np.isfinite(values)]
     low, high = (float(kept.min()), float(kept.max())) if kept.size else (0.0, 0.0)
     bad = int(values.size - kept.size)
-    if role == "batch" and not integer and np.any(values == 0) and np.any(values < 0):
-        if np.all((values == 0) | (values <= -1e4)):  # an additive mask
-            low = high = bad = 0
+    masks = values <= -1e4
+    if role == "batch" and not integer and masks.any() and np.all(masks ^ (values == 0)):
+        low, high, bad = 0.0, 0.0, 0  # an additive mask
     return TensorFacts(
         name, role, int(values.size), bad, max(abs(low), abs(high)), low, high, integer
     )
