@@ -7,6 +7,7 @@ name; each compares measured numbers with the thresholds below.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import textwrap
 from collections.abc import Iterator
@@ -255,7 +256,7 @@ def _grows_forward(m: Measurements) -> tuple[LayerUse, float, int] | None:
     if len(outputs) < 4:
         return None
     factor = outputs[-1].output / outputs[0].output
-    largest = max(b.output / a.output for a, b in zip(outputs, outputs[1:], strict=False))
+    largest = max(b.output / a.output for a, b in itertools.pairwise(outputs))
     if factor / max(largest, 1.0) < GROWTH:
         return None
     return outputs[-1], factor, len(outputs) - 1
@@ -300,6 +301,9 @@ def _not_run(m: Measurements) -> Iterator[Finding]:
         yield _finding(
             "singularity", raised.place.name, evidence, "empty statistic", raised.place.source
         )
+    elif raised.by_value and not raised.integers:
+        evidence += " On other numbers of the same shapes it runs: it has no value at these."
+        yield _finding("singularity", raised.place.name, evidence, "pole", raised.place.source)
     elif raised.integers:
         seen = ", ".join(_indices(facts) for facts in raised.integers)
         evidence += f" The indices it got: {seen}."
@@ -524,13 +528,19 @@ def _faded(m: Measurements) -> tuple[LayerUse, LayerUse, float] | None:
     )
     if first is None or first.signal > VANISHED * last.signal:
         return None
-    return last, first, first.signal / last.signal
+    if first.signal == 0 and m.revives:
+        return None  # behind a weight that begins at 0 and is about to leave it
+    return last, layers[-1], first.signal / last.signal
 
 
 def _vanishing(m: Measurements) -> Iterator[Finding]:
-    if not finite_step(m) or not m.gradients:
+    if not finite_step(m):
         return
-    if total_norm(m) == 0 and abs(m.loss) > 1e-3:
+    if not m.gradients:
+        yield _finding(
+            "vanishing", "loss", "The loss depends on no trainable parameter.", "detached"
+        )
+    elif total_norm(m) == 0 and abs(m.loss) > 1e-3:
         yield _finding(
             "vanishing",
             "loss",
@@ -554,11 +564,13 @@ def _in_order(m: Measurements, found: list[Finding]) -> Iterator[str]:
     """What was measured and gives no cause for concern."""
     kinds = {finding.kind for finding in found}
     if finite_step(m):
-        yield f"Loss {_number(m.loss)} and all {len(m.gradients)} gradients are finite, "
-        yield f"total norm {_number(total_norm(m))}."
+        yield (
+            f"Loss {_number(m.loss)} and all {len(m.gradients)} gradients are finite, their total "
+            f"norm is {_number(total_norm(m))}."
+        )
     grown = growth(m)
     if grown is not None and not kinds & {"explosion", "vanishing"}:
-        yield f"Along {grown.layers} layers the gradient grows at most {_number(grown.total)}-fold."
+        yield f"Along the layers the gradient grows at most {_number(grown.total)}-fold."
     limit = _limit(m)
     if limit is not None and "divergence" not in kinds:
         share = m.optimizer.learning_rate / limit
@@ -567,7 +579,9 @@ def _in_order(m: Measurements, found: list[Finding]) -> Iterator[str]:
             yield "Above 1 and yet the loss falls: at the edge of stability that is usual."
     if m.trial is not None and "divergence" not in kinds:
         losses = m.trial.losses
-        yield f"{len(losses) - 1} steps on this batch take the loss from {_number(losses[0])} to "
-        yield f"{_number(losses[-1])}."
+        yield (
+            f"{len(losses) - 1} steps on this batch take the loss from {_number(losses[0])} to "
+            f"{_number(losses[-1])}."
+        )
     if m.float64 is not None and m.float64.difference is not None and "precision" not in kinds:
         yield f"{m.dtype} and float64 agree to {_number(m.float64.difference)} of the gradient."

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch_cases import CASES, CONTROLS, SINGULAR, around
+from torch_cases import CASES, CONTROLS, RAISING, SINGULAR, Around, around
 
 from gradlab.torch import diagnose
 
@@ -80,3 +80,21 @@ def test_no_false_alarm(name):
     diagnosis = diagnose(model, loss_fn, batch, optimizer=optimizer)
     assert diagnosis.kind == "healthy", str(diagnosis)
     assert not diagnosis.notes, diagnosis.notes
+
+
+@pytest.mark.parametrize("name", RAISING)
+def test_operations_that_raise_where_they_have_no_value(name):
+    function, x = RAISING[name]
+    model, loss_fn, batch, _ = around(function, x)()
+    with pytest.raises(torch.linalg.LinAlgError):
+        run(model, loss_fn, batch)
+    diagnosis = diagnose(model, loss_fn, batch)
+    assert (diagnosis.kind, diagnosis.where) == ("singularity", "op"), str(diagnosis)
+    assert "torch_cases.py" in diagnosis.findings[0].source
+
+
+def test_a_model_that_does_not_fit_its_batch():
+    model = Around(lambda h: h)
+    diagnosis = diagnose(model, lambda m, b: m(b).mean(), torch.ones(3, 5))
+    assert (diagnosis.kind, diagnosis.where) == ("bad input", "lin")
+    assert "shapes cannot be multiplied" in diagnosis.findings[0].evidence

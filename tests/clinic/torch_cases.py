@@ -291,7 +291,7 @@ CASES = [
         "singularity",
         ("op",),
         bad_gradient,
-        around(lambda h: torch.sqrt(h + 1e-6), [[0.0, 1.0, 2.0, 3.0]]),
+        around(lambda h: torch.sqrt(h.clamp(min=1e-2)), [[0.0, 1.0, 2.0, 3.0]]),
     ),
     Case(
         "1 sqrt of a squared norm at 0",
@@ -315,7 +315,7 @@ CASES = [
         "singularity",
         ("op",),
         nan_gradient,
-        around(lambda h: (h.var(-1) + 1e-8).sqrt(), ones(2, 4, 1.0)),
+        around(lambda h: (h.var(-1) + 1e-2).sqrt(), [[0.9, 1.0, 1.1, 1.2]]),
     ),
     Case(
         "3 std of one element",
@@ -323,7 +323,7 @@ CASES = [
         "singularity",
         ("op",),
         bad_loss,
-        around(lambda h: h[:, :1].std(-1, correction=0), [[0.3, 1, 2, 3], [1, 2, 3, 4]]),
+        around(lambda h: h[:, :1].std(0), [[0.3, 1, 2, 3], [1, 2, 3, 4]]),
     ),
     Case(
         "4 p log p at p = 0",
@@ -519,6 +519,9 @@ CASES = [
 # ---------------------------------------------------------------------------------------------
 # Other operations, where no slope or no value exists.  One row of data, what to do with it.
 
+TWINS = [[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+EYE = torch.eye(4).tolist()
+
 SINGULAR = {
     "1/x": (lambda h: 1 / h, [[0.0, 1.0, 2.0, 3.0]]),
     "x/x": (lambda h: h / h.detach(), [[0.0, 1.0, 2.0, 3.0]]),
@@ -537,8 +540,7 @@ SINGULAR = {
     "reciprocal": (torch.reciprocal, [[0.0, 1.0, 2.0, 3.0]]),
     "cube root": (lambda h: h ** (1 / 3), [[0.0, 1.0, 2.0, 3.0]]),
     "power of a negative number": (lambda h: h**0.5, [[-1.0, 1.0, 2.0, 3.0]]),
-    "x to the x": (lambda h: h**h, [[0.0, 1.0, 2.0, 3.0]]),
-    "pow of two tensors": (torch.pow, [[0.0, 1.0, 2.0, 3.0]]),
+    "pow of two tensors": (lambda h: torch.pow(h, torch.full_like(h, 0.5)), [[0.0, 1.0, 2.0, 3.0]]),
     "geometric mean": (lambda h: h.prod(-1) ** 0.25, [[0.0, 1.0, 2.0, 3.0]]),
     "log of a sum": (lambda h: torch.log(h.sum(-1)), [[0.0, 0.0, 0.0, 0.0]]),
     "sqrt of a variance": (lambda h: torch.sqrt(h.var(-1)), [[2.0, 2.0, 2.0, 2.0]]),
@@ -552,10 +554,9 @@ SINGULAR = {
     ),
     "entropy": (lambda h: -(h * h.log()).sum(-1), [[1.0, 0.0, 0.0, 0.0]]),
     "softmax by hand of nothing": (lambda h: h / h.sum(-1, keepdim=True), [[0.0] * 4]),
-    "matrix inverse": (lambda h: torch.inverse(h + 0), [[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
-    "log of a determinant": (lambda h: torch.logdet(h), [[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
-    "eigenvectors of equal eigenvalues": (lambda h: torch.linalg.eigh(h + h.T)[1][:, :2], [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
-    "singular vectors of equal values": (lambda h: torch.linalg.svd(h)[0][:, :2], [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+    "log of a determinant": (torch.logdet, TWINS),
+    "eigenvectors of equal eigenvalues": (lambda h: torch.linalg.eigh(h + h.T)[1][:, :2], EYE),
+    "singular vectors of equal values": (lambda h: torch.linalg.svd(h)[0][:, :2], EYE),
     "xlogy": (lambda h: torch.xlogy(h, h), [[0.0, 1.0, 2.0, 3.0]]),
     "normal log density": (
         lambda h: -0.5 * (h / torch.relu(h)) ** 2, [[-1.0, 1.0, 2.0, 3.0]]
@@ -572,6 +573,13 @@ SINGULAR = {
         lambda h: -torch.log(torch.sigmoid(h)), [[-200.0, 1.0, 2.0, 3.0]]
     ),
 }  # fmt: skip
+
+# Operations that raise where they have no value.
+RAISING = {
+    "matrix inverse": (torch.inverse, TWINS),
+    "solve": (lambda h: torch.linalg.solve(h, h), TWINS),
+    "Cholesky factor": (torch.linalg.cholesky, [[1.0, 2.0, 0, 0], [2.0, 1.0, 0, 0], *EYE[2:]]),
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -786,5 +794,7 @@ CONTROLS: dict[str, Callable[[], Step]] = {
     "log of probabilities, clamped": around(
         lambda h: torch.log(torch.softmax(h, -1).clamp(min=1e-6)), [[3.0, 0.0, 1.0, 2.0]]
     ),
-    "norm at 0": around(lambda h: torch.linalg.vector_norm(h, dim=-1), zeros_row()),
+    "norm at 0": lambda: (
+        *around(lambda h: torch.linalg.vector_norm(h, dim=-1), zeros_row())()[:3], None
+    ),
 }  # fmt: skip

@@ -16,12 +16,12 @@ from torch import nn
 def _random_states() -> Callable[[], None]:
     """A function that puts all global random generators back to where they are now."""
     devices = torch.cuda.is_available() and torch.cuda.is_initialized()
-    now = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    now = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     on_devices = torch.cuda.get_rng_state_all() if devices else None
 
     def rewind() -> None:
         torch.set_rng_state(now[0])
-        np.random.set_state(now[1])
+        np.random.set_state(now[1])  # noqa: NPY002
         random.setstate(now[2])
         if on_devices is not None:
             torch.cuda.set_rng_state_all(on_devices)

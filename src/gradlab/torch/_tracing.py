@@ -31,6 +31,8 @@ _READS_ONLY = {"size", "dim", "__len__", "is_floating_point", "numel", "stride",
 # Autograd's nodes that apply a weight, and those that only rearrange one on its way there.
 _APPLIES = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Convolution", "Embedding")
 _APPLIES += ("Mul", "Mkldnn", "Linear", "SlowConv", "Thnn", "Dot")
+_LAYERS = ("Addmm", "Mm", "Convolution", "Embedding", "Linear", "Mkldnn")
+_REPARAMETRISED = ("parametrizations", "weight_g", "weight_v", "weight_orig")
 _REARRANGES = ("T", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "ReshapeAlias")
 _REARRANGES += ("Expand", "Unsqueeze", "Squeeze", "ToCopy", "Clone", "Select", "Slice", "Split")
 _REARRANGES += ("UnsafeSplit", "SplitWithSizes", "Unbind", "Alias", "AsStrided", "MkldnnReorder")
@@ -69,6 +71,16 @@ def _bad(tensor: torch.Tensor) -> str:
     if tensor.numel() == 0 or bool(torch.isfinite(tensor.detach()).all()):
         return ""
     return "nan" if bool(torch.isnan(tensor.detach()).any()) else "inf"
+
+
+_SEVERITY = ["", "inf", "nan"]
+
+
+def _thrown_away(slope: torch.Tensor, signal: torch.Tensor) -> bool:
+    """Whether the signal is 0 wherever the slope is not finite."""
+    if slope.shape == signal.shape:
+        return not bool(signal[~torch.isfinite(slope)].any())
+    return not bool(signal.any())
 
 
 def floats(tree: Any) -> list[torch.Tensor]:
@@ -223,7 +235,7 @@ class Trace(TorchFunctionMode):
             self._alive.append(tensor)
             if self._check:
                 self._state[id(tensor)] = _bad(tensor)
-                call.bad = max(call.bad, self._state[id(tensor)], key=["", "inf", "nan"].index)
+                call.bad = max(call.bad, self._state[id(tensor)], key=_SEVERITY.index)
             if tensor.requires_grad:
                 with suppress(RuntimeError):
                     tensor.register_hook(self._keep_signal(call, k))
@@ -236,8 +248,9 @@ class Trace(TorchFunctionMode):
         return self._state[id(tensor)]
 
     def _keep_signal(self, call: Call, k: int):
-        def hook(gradient: torch.Tensor) -> None:
-            call.signals[k] = gradient.detach()
+        def hook(gradient: torch.Tensor | None) -> None:
+            if gradient is not None:
+                call.signals[k] = gradient.detach()
 
         return hook
 
@@ -253,13 +266,12 @@ class Trace(TorchFunctionMode):
             seen.add(number)
             path.append(number)
             call = self.calls[number]
-            worst = sorted(
-                ((bad != "nan", maker) for bad, maker in zip(call.bad_inputs, call.makers, strict=True)
-                 if bad),
-            )  # fmt: skip
-            if not worst:
+            from_whom = zip(call.bad_inputs, call.makers, strict=True)
+            # A NaN before an inf, and of equals the earliest.
+            worst = min(((bad != "nan", maker) for bad, maker in from_whom if bad), default=None)
+            if worst is None:
                 break
-            number = worst[0][1]
+            number = worst[1]
         if not path:
             return None
         origin = self.calls[path[-1]]
@@ -289,17 +301,11 @@ class Trace(TorchFunctionMode):
             if self._inputs_known_finite(call):
                 continue
             slopes = self.replay(index)
-            worst = max((_bad(s) for s in slopes if s is not None), default="",
-                        key=["", "inf", "nan"].index)  # fmt: skip
-            if worst:
-                masked = any(
-                    bool((torch.zeros(()) if s.shape != g.shape else g)[...].eq(0)
-                         .expand_as(s)[~torch.isfinite(s)].all())
-                    and (s.shape == g.shape or not bool(g.any()))
-                    for s in slopes if s is not None and _bad(s)
-                    for g in got
-                )  # fmt: skip
-                return self._event(index, "backward", worst, masked=masked)
+            bad = [s for s in slopes if s is not None and _bad(s)]
+            if bad:
+                made = max(map(_bad, bad), key=_SEVERITY.index)
+                masked = any(_thrown_away(s, signal) for s in bad for signal in got)
+                return self._event(index, "backward", made, masked=masked)
         return None
 
     def _inputs_known_finite(self, call: Call) -> bool:
@@ -404,10 +410,9 @@ class Trace(TorchFunctionMode):
             if any(id(tensor) in weights for tensor in call.inputs):
                 continue
             after = norm(index)
-            makers = [
-                m for m, t in zip(call.makers, call.inputs, strict=True) if m >= 0 and t.requires_grad
-            ]  # fmt: skip
-            before = max((norm(m) for m in makers), default=0.0)
+            sources = zip(call.makers, call.inputs, strict=True)
+            makers = [maker for maker, t in sources if maker >= 0 and t.requires_grad]
+            before = max(map(norm, makers), default=0.0)
             if after > 0 and before > 0:
                 candidates.append((before / after, index))
         # A tensor may be used twice, and its signal then is not this operation's alone: check.
@@ -471,8 +476,8 @@ def _reparametrised(node: Any, names: dict[int, str]) -> str | None:
         if hasattr(node, "variable"):
             found.append(names.get(id(node.variable), ""))
         todo += [n for n, _ in node.next_functions]
-    marks = ("parametrizations", "weight_g", "weight_v", "weight_orig")
-    if todo or not found or not all(any(mark in name for mark in marks) for name in found):
+    marked = [any(mark in name for mark in _REPARAMETRISED) for name in found]
+    if todo or not found or not all(marked):
         return None
     return found[0]
 
@@ -499,14 +504,9 @@ class Weights:
                 known = [w for w in weights if w is not None]
                 matrices = [w for w in known if parameters[w].dim() >= 2]
                 weight = (matrices or known or [None])[0]
-                if weight is not None and all(
-                    n is None or _weight_of(n, names) for n, _ in node.next_functions
-                ):
-                    # Weights alone: the first layer, whose data need no gradient, or a norm of
-                    # the weight itself, which is no layer.
-                    if "parametrizations" in weight or weight.endswith(("_g", "_v", "_orig")):
-                        applied = _kind(node).startswith(("Addmm", "Convolution", "Mm", "Embed"))
-                        weight = weight if applied else None
+                # What a spectral norm does with the weight itself is no layer.
+                if weight is not None and any(mark in weight for mark in _REPARAMETRISED):
+                    weight = weight if _kind(node).startswith(_LAYERS) else None
             if weight is not None:
                 here += 1
                 kept: list[torch.Tensor] = []

@@ -114,6 +114,8 @@ def diagnose(
         if not finite and "raised" not in found:
             found |= measure("the first bad operation", lambda: step.traced(check=True)) or {}
             found.pop("_gradients", None)
+        if finite and any(use.signal == 0 for use in found["layers"]):
+            found["revives"] = measure("after a small step", lambda: step.revives(gradients))
         if "raised" not in found:
             wide = measure("the step in float64", lambda: step.in_float64(gradients))
             found["float64"] = wide
@@ -325,6 +327,24 @@ class _Step:
             lost = vanished / max(sum(int((b != 0).sum()) for _, b in pairs), 1)
         return Float64(loss.item(), float(total), finite, difference, lost, weights.uses())
 
+    def revives(self, gradients: list[torch.Tensor | None]) -> bool:
+        """Whether the signal reaches every weight after a small step down the gradient."""
+        pairs = [
+            (p, g)
+            for p, g in zip(self.parameters.values(), gradients, strict=True)
+            if g is not None and not g.is_sparse
+        ]
+        slope = float(total_norm(gradient_norms(g for _, g in pairs)))
+        size = float(total_norm(gradient_norms(p for p, _ in pairs)))
+        if slope == 0:
+            return False
+        for p, g in pairs:
+            p.data -= (0.01 * (size + 1) / slope * g).to(p.dtype)
+        loss = self.loss()
+        weights = Weights(loss, self.parameters)
+        self.gradient(loss)
+        return all(use.signal > 0 for use in weights.uses())
+
     def halves(self) -> bool | None:
         """Whether the losses of the batch's halves add up to that of the batch."""
         leaves = [t for t in pytree.tree_leaves(self.batch) if isinstance(t, torch.Tensor)]
@@ -371,7 +391,29 @@ def _raised(error: Exception, trace: Trace, batch: Any) -> Raised:
         for tensor in indices:
             name = known.get(tensor.data_ptr(), "an integer tensor")
             integers.append(_describe(name, "batch", tensor))
-    return Raised(call.place, said, tuple(integers), _one_sample(call))
+    return Raised(call.place, said, tuple(integers), _one_sample(call), _by_value(call))
+
+
+def _by_value(call: Call) -> bool:
+    """Whether the operation runs on tame numbers of the same shapes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tame(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return leaf
+        numbers = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+        if leaf.dim() >= 2 and leaf.shape[-1] == leaf.shape[-2]:
+            # A matrix that can be inverted, and has a Cholesky factor.
+            numbers = (numbers + numbers.mT) / 2 + len(numbers) * torch.eye(leaf.shape[-1])
+        return numbers.to(leaf)
+
+    try:
+        with torch.no_grad():
+            args, kwargs = pytree.tree_map(tame, (call.args, call.kwargs))
+            call.function(*args, **kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def _one_sample(call: Call) -> bool:
