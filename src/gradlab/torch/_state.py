@@ -71,6 +71,8 @@ def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
     kept = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for tensor in tensors]
     rewind = _random_states()
     with ExitStack() as back:
+        # A graph that still waits for its backward pass must not think its inputs have changed.
+        back.enter_context(torch.autograd._unsafe_preserve_version_counter(tuple(tensors)))
         back.callback(rewind)
         for module in model.modules():
             back.callback(_attributes(module))
