@@ -450,13 +450,17 @@ def _format(m: Measurements) -> Iterator[Finding]:
             "underflow",
         )
     limit = DIFFERENT.get(m.dtype, 0.1)
-    if wide.difference is not None and wide.difference > limit and wide.total > 1e-4:
+    if wide.difference is None:
+        return
+    size = max(abs(wide.loss), abs(m.loss))
+    loss_apart = size > 1e-4 and abs(m.loss - wide.loss) > limit * size
+    if loss_apart or (wide.difference > limit and wide.total > 1e-4):
         yield _finding(
             "precision",
             "model",
             f"The gradient in {m.dtype} differs from that in float64 by "
-            f"{wide.difference:.0%} of its norm; the loss is {_number(m.loss)} against "
-            f"{_number(wide.loss)}.",
+            f"{_number(100 * wide.difference)} % of its norm; the loss is {m.loss:.6g} against "
+            f"{wide.loss:.6g}.",
             "cancellation",
         )
 
@@ -481,7 +485,9 @@ def _step_size(m: Measurements) -> Iterator[Finding]:
         broke = len(finite) < len(losses)
         scale = abs(losses[0]) + 1e-12
         climbed = (max(finite) - losses[0]) / scale
-        blew_up = broke or (climbed > 9 and m.trial.moved >= 1)
+        # No optimiser that works moves the weights by their own size and gains nothing on the very
+        # batch it is fed.
+        blew_up = broke or (m.trial.moved >= 1 and (climbed > 9 or losses[-1] >= losses[0]))
         rises = broke or losses[-1] > losses[0] or climbed > 9
     if not (blew_up or (above and (rises or not losses))):
         return
@@ -495,9 +501,11 @@ def _step_size(m: Measurements) -> Iterator[Finding]:
         )
     if losses:
         last = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        course = f"{_number(losses[0])} → {_number(max(finite))}"
-        evidence += f"Tried on this batch alone, the loss goes {course} in {len(losses) - 1} steps"
-        evidence += f" and is not finite after {last}." if last is not None else "."
+        course = f"from {_number(losses[0])} to {_number(finite[-1])}"
+        peak = f", with a peak of {_number(max(finite))}," * (max(finite) > 1.01 * finite[-1])
+        evidence += f"Tried on this batch alone, the loss goes {course}{peak} in "
+        evidence += f"{len(finite) - 1} steps"
+        evidence += " and is not finite after the next." if last is not None else "."
     if m.summed:
         evidence += " The loss is summed over the batch, not averaged."
     where = "loss" if m.summed else m.curvature.where if above else m.trial.where

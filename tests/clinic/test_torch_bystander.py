@@ -116,6 +116,15 @@ def test_a_probe_on_the_same_optimiser_sees_none_of_it():
         assert len(probe.history.steps) == 0
 
 
+def test_a_graph_that_waits_for_its_backward_pass_still_works():
+    model = deep(1.0, 2)
+    loss = cross_entropy(model, digits())
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    diagnose(model, cross_entropy, digits(), optimizer=sgd(model))
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
 class Stateful(nn.Module):
     """Counts its calls, keeps its last state and draws from a generator of its own."""
 

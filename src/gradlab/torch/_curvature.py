@@ -10,7 +10,7 @@ import torch
 Vector = list[torch.Tensor]
 
 # Products with the Hessian at most, and the change of the largest Ritz value that ends the search.
-PRODUCTS = 10
+PRODUCTS = 8
 SETTLED = 0.02
 
 
@@ -30,13 +30,20 @@ def hessian_product(
         gradient: the loss's gradient at the parameters' present values, with a graph if asked.
         parameters: what to differentiate by.
     """
-    try:
-        slopes = gradient(True)
-        torch.autograd.grad(slopes, parameters, slopes, retain_graph=True, allow_unused=True)
-    except (RuntimeError, NotImplementedError):
-        return lambda v: _by_difference(gradient, parameters, v)
+    slopes: Vector | None = None
+    twice = True  # as long as no operation turns out to lack a second derivative
 
     def product(v: Vector) -> Vector:
+        nonlocal slopes, twice
+        if twice:
+            try:
+                slopes = gradient(True) if slopes is None else slopes
+                return again(slopes, v)
+            except (RuntimeError, NotImplementedError):
+                twice = False
+        return _by_difference(gradient, parameters, v)
+
+    def again(slopes: Vector, v: Vector) -> Vector:
         with_graph = [(s, x) for s, x in zip(slopes, v, strict=True) if s.requires_grad]
         found = torch.autograd.grad(
             [s for s, _ in with_graph],

@@ -34,7 +34,7 @@ from gradlab.torch.probe import gradient_norms, total_norm
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
-TRIAL_STEPS = 12
+TRIAL_STEPS = 10
 
 # Optimisers that divide by a running size of the gradient, and what they call that size.
 _ADAPTIVE = {
