@@ -4,7 +4,8 @@ from gradlab.keras._backend import keras  # first: it imports quietly, or says w
 
 # isort: split
 from gradlab.keras import sweep
+from gradlab.keras.diagnose import diagnose
 from gradlab.keras.models import MLP
 from gradlab.keras.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "keras", "sweep"]
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "diagnose", "keras", "sweep"]

@@ -1,0 +1,119 @@
+"""Largest eigenvalue of a loss's Hessian, by Lanczos iteration on Hessian-vector products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+# Products with the Hessian at most, and the change of the largest Ritz value that ends the search.
+PRODUCTS = 10
+SETTLED = 0.02
+
+Product = Callable[[np.ndarray], np.ndarray]
+
+
+def flat(tensors: Sequence[tf.Tensor]) -> np.ndarray:
+    """All elements in one vector, in float64 unless that would take too much memory."""
+    size = sum(int(tf.size(t)) for t in tensors)
+    kind = np.float64 if size < 2**21 else np.float32
+    return np.concatenate([np.ravel(t.numpy()).astype(kind) for t in tensors])
+
+
+def _split(vector: np.ndarray, like: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    ends = np.cumsum([int(tf.size(t)) for t in like])[:-1]
+    parts = zip(np.split(vector, ends), like, strict=True)
+    return [tf.constant(part.reshape(t.shape), t.dtype) for part, t in parts]
+
+
+def _gradient(step: Callable[[], tf.Tensor], variables: list) -> list[tf.Tensor]:
+    with tf.GradientTape() as tape:
+        loss = step()
+    found = tape.gradient(loss, variables, unconnected_gradients="zero")
+    return [tf.convert_to_tensor(g) for g in found]
+
+
+def hessian_product(
+    step: Callable[[], tf.Tensor], variables: list
+) -> tuple[Product, list[tf.Tensor]]:
+    """The map v ↦ Hv, and the gradient.
+
+    By differentiating the backward pass, which is recorded once; where an operation has no second
+    derivative, from two gradients: (∇L(w + εv) − ∇L(w − εv)) / 2ε.
+
+    Args:
+        step: gives the loss, the same each time.
+        variables: TensorFlow's, what to differentiate by.
+    """
+    with tf.GradientTape(persistent=True) as tape:
+        slopes = _gradient(step, variables)
+
+    def product(v: np.ndarray) -> np.ndarray:
+        found = tape.gradient(
+            slopes, variables, output_gradients=_split(v, slopes), unconnected_gradients="zero"
+        )
+        return flat([tf.convert_to_tensor(h) for h in found])
+
+    try:
+        product(flat(slopes))
+    except (LookupError, NotImplementedError, tf.errors.UnimplementedError, ValueError):
+        return lambda v: _by_difference(step, variables, slopes, v), slopes
+    return product, slopes
+
+
+def _by_difference(
+    step: Callable[[], tf.Tensor], variables: list, like: list, v: np.ndarray
+) -> np.ndarray:
+    here = [variable.numpy() for variable in variables]
+    size = np.linalg.norm(flat([tf.constant(w) for w in here])) or 1.0
+    epsilon = 1e-3 * size / np.linalg.norm(v)
+    ends = []
+    try:
+        for sign in (1, -1):
+            for variable, w, x in zip(variables, here, _split(v, like), strict=True):
+                variable.assign(w + sign * epsilon * x.numpy())
+            ends.append(flat(_gradient(step, variables)))
+    finally:
+        for variable, w in zip(variables, here, strict=True):
+            variable.assign(w)
+    return (ends[0] - ends[1]) / (2 * epsilon)
+
+
+def largest_eigenvalue(
+    product: Product, start: np.ndarray, products: int = PRODUCTS
+) -> tuple[float, np.ndarray, bool]:
+    """Lanczos iteration with full reorthogonalisation.
+
+    Args:
+        product: a symmetric map v ↦ Av, (n,) to (n,).
+        start: (n,), where to begin, not 0.
+        products: how often the map may be applied.
+
+    Returns:
+        The largest eigenvalue found, its vector (n,) of norm 1, and whether it settled to 2 %.
+
+    Raises:
+        FloatingPointError: the map gave an inf or NaN.
+    """
+    basis = [start / np.linalg.norm(start)]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    before, settled = np.inf, False
+    while not settled and len(diagonal) < products:
+        image = product(basis[-1])
+        diagonal.append(float(image @ basis[-1]))
+        if not np.isfinite(image).all():
+            raise FloatingPointError("a product with the Hessian is not finite")
+        for q in (*basis, *basis):  # twice is enough
+            image = image - (image @ q) * q
+        ritz, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+        rest = float(np.linalg.norm(image))
+        exhausted = rest <= 1e-6 * max(np.abs(ritz).max(), 1e-300) or len(basis) == start.size
+        settled = exhausted or abs(ritz[-1] - before) <= SETTLED * abs(ritz[-1])
+        before = ritz[-1]
+        if not settled and len(diagonal) < products:
+            beside.append(rest)
+            basis.append(image / rest)
+    vector = sum(c * q for c, q in zip(vectors[:, -1], basis, strict=True))
+    return float(ritz[-1]), vector, bool(settled)

@@ -1,0 +1,357 @@
+"""Why a training step of a Keras model fails."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gradlab.diagnosis import Diagnosis, judge
+from gradlab.keras import _optimizer
+from gradlab.keras._curvature import flat, hessian_product, largest_eigenvalue
+from gradlab.keras._state import float64, untouched, widen
+from gradlab.keras._tracing import Trace, finite, norm, source_line
+from gradlab.measurements import (
+    Curvature,
+    Float64,
+    Measurements,
+    OptimizerFacts,
+    Raised,
+    TensorFacts,
+    Trial,
+)
+
+Loss = Callable[[keras.Model, Any], Any]
+
+
+def diagnose(
+    model: keras.Model,
+    loss_fn: Loss,
+    batch: Any,
+    *,
+    optimizer: keras.Optimizer | None = None,
+) -> Diagnosis:
+    """Measure one training step, and say what is wrong with it.
+
+    The step runs eagerly.  Model, optimiser and random generators are left as they were found, to
+    the bit, even if the step raises; a model that was not built is built.
+
+    Args:
+        model: in the state in which the step fails.
+        loss_fn: from model and batch to the loss, shape ().  It decides about `training=True`.
+        batch: whatever `loss_fn` takes: a tensor, an array, a tuple or dict of them.
+        optimizer: what the step is taken with.  Without it nothing is said about the step's size.
+
+    Returns:
+        The diagnosis; what could not be measured is in its `notes`.
+
+    Raises:
+        TypeError: `model`, `loss_fn` or `optimizer` is no Keras model, function, optimiser, or the
+            loss is no number.
+        ValueError: the loss has more than one element, or it is called inside a `tf.function`.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from gradlab.keras import keras
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+        >>> root = lambda model, x: tf.reduce_sum(tf.sqrt(model(x)))
+        >>> diagnose(model, root, tf.zeros((1, 1))).kind
+        'singularity'
+    """
+    _check(model, loss_fn, optimizer)
+    return judge(measure(model, loss_fn, batch, optimizer=optimizer))
+
+
+def _check(model: Any, loss_fn: Any, optimizer: Any) -> None:
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"model must be a keras.Model or a layer, got {type(model).__name__}")
+    if not callable(loss_fn) or isinstance(loss_fn, keras.layers.Layer):
+        raise TypeError(
+            "loss_fn must be a function of model and batch that returns the loss, got "
+            f"{type(loss_fn).__name__}"
+        )
+    if optimizer is not None and not isinstance(optimizer, keras.Optimizer):
+        raise TypeError(f"optimizer must be a keras.Optimizer, got {type(optimizer).__name__}")
+    if not tf.executing_eagerly():
+        raise ValueError("diagnose cannot be called inside a tf.function: it runs the step eagerly")
+
+
+def measure(
+    model: keras.Model, loss_fn: Loss, batch: Any, *, optimizer: keras.Optimizer | None = None
+) -> Measurements:
+    """What `diagnose` judges; the same arguments and errors."""
+    notes: list[str] = []
+
+    @contextmanager
+    def noted(what: str) -> Iterator[None]:
+        """A measurement that fails becomes a note."""
+        try:
+            yield
+        except Exception as error:
+            notes.append(f"{what} ({_message(error)}).")
+
+    with untouched(model, optimizer, loss_fn, batch) as start_over:
+        if not model.built:
+            # Building creates variables, which only a second look can put back.
+            with noted("the model could not be built before the step"):
+                loss_fn(model, batch)
+    with untouched(model, optimizer, loss_fn, batch) as start_over:
+        variables = model.trainable_variables
+        result: dict[str, Any] = {
+            "framework": "Keras",
+            "dtype": variables[0].dtype if variables else keras.config.floatx(),
+            "loss": math.nan,
+        }
+        with noted("the batch and the parameters could not be read"):
+            result["tensors"] = tuple(_tensors(model, batch))
+        trace = Trace(model, batch)
+        drawn = _random_states()
+        try:
+            trace.run(lambda: loss_fn(model, batch))
+        except Exception as error:
+            raised = _raised(trace, error)
+            return Measurements(**result, raised=raised, notes=tuple(notes))
+        trace.loss = _scalar(trace.loss)
+        trace.random |= drawn != _random_states()
+        result["loss"] = float(trace.loss)
+        if not math.isfinite(result["loss"]):
+            with noted("where the loss stopped being finite is not known"):
+                result["forward"] = trace.forward_event()
+        try:
+            trace.differentiate()
+        except Exception as error:
+            notes.append(f"The loss could not be differentiated ({_message(error)}).")
+            return Measurements(**result, notes=tuple(notes))
+        named = [
+            (v.path, g) for v, g in zip(variables, trace.gradients, strict=True) if g is not None
+        ]
+        result["gradients"] = tuple((name, norm(g)) for name, g in named)
+        if not named:
+            notes.append("The loss does not depend on any trainable variable.")
+        sound = all(math.isfinite(size) for _, size in result["gradients"])
+        if not sound and math.isfinite(result["loss"]):
+            with noted("Where the gradient stopped being finite is not known"):
+                result["backward"] = trace.backward_event()
+        if sound and named:
+            result["norm_overflows"] = not finite(tf.linalg.global_norm([g for _, g in named]))
+        with noted("The signal was not followed through the layers"):
+            result["layers"], result["jump"] = trace.uses_and_jump()
+        with noted("The step could not be taken in float64"):
+            start_over()
+            result["float64"] = _in_float64(model, loss_fn, batch, trace)
+        sound = sound and math.isfinite(result["loss"])
+        del trace
+        if optimizer is None:
+            return Measurements(**result, notes=tuple(notes))
+
+        def step() -> tf.Tensor:
+            return tf.convert_to_tensor(loss_fn(model, batch))
+
+        with noted("The optimiser's settings could not be read"):
+            result["optimizer"] = _optimizer.facts(optimizer)
+        if sound and named:
+            with noted("The curvature could not be measured"):
+                start_over()
+                result["curvature"] = _curvature(step, variables, optimizer, result["optimizer"])
+            with noted("The optimiser could not be tried"):
+                start_over()
+                result["trial"] = _optimizer.trial(optimizer, step, variables)
+            with noted("Whether the loss is a sum or a mean is not known"):
+                result["summed"] = _summed(model, loss_fn, batch, result["loss"], start_over)
+        return Measurements(**result, notes=tuple(notes))
+
+
+def _random_states() -> tuple:
+    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]
+
+
+def _scalar(loss: Any) -> tf.Tensor:
+    """The loss as a tensor, or the error that says what it is instead."""
+    if isinstance(loss, keras.KerasTensor) or loss is None:
+        raise TypeError(f"loss_fn must return the loss, a number, got {type(loss).__name__}")
+    try:
+        tensor = loss if isinstance(loss, tf.Tensor) else tf.convert_to_tensor(loss)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"loss_fn must return a number, got {type(loss).__name__}") from error
+    if not (tensor.dtype.is_floating or tensor.dtype.is_integer):
+        raise TypeError(f"loss_fn must return a number, got a tensor of {tensor.dtype.name}")
+    if tensor.shape.rank:
+        raise ValueError(
+            f"loss_fn must return a single number, got shape {tuple(tensor.shape)}: take the mean"
+        )
+    return tensor
+
+
+def _message(error: BaseException) -> str:
+    """Class and message of an exception, without TensorFlow's brackets."""
+    text = re.sub(r"\{\{.*?\}\}\s*|\s*\[Op:\w+\] name:.*", "", str(error)).strip()
+    text = re.sub(r"\s*Arguments received by .*", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s+", " ", text)
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What was given
+
+
+def _facts(name: str, role: str, value: Any) -> TensorFacts | None:
+    values = value._numpy() if hasattr(value, "_numpy") else np.asarray(value)
+    if values.dtype.kind in "iub":
+        values, integer = values.astype(np.int64), True
+    elif values.dtype.kind == "f" or values.dtype.name == "bfloat16":
+        integer = False
+        if values.dtype.itemsize < 4:
+            values = values.astype(np.float32)
+    else:
+        return None
+    kept = values if integer else values[np.isfinite(values)]
+    low, high = (float(kept.min()), float(kept.max())) if kept.size else (0.0, 0.0)
+    bad = int(values.size - kept.size)
+    if role == "batch" and not integer and np.any(values == 0) and np.any(values < 0):
+        if np.all((values == 0) | (values <= -1e4)):  # an additive mask
+            low = high = bad = 0
+    return TensorFacts(
+        name, role, int(values.size), bad, max(abs(low), abs(high)), low, high, integer
+    )
+
+
+def _tensors(model: keras.Model, batch: Any) -> Iterator[TensorFacts]:
+    for path, leaf in keras.tree.flatten_with_path(batch):
+        if tf.is_tensor(leaf) or isinstance(leaf, (np.ndarray, np.generic, float, tf.Variable)):
+            if isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
+                leaf = leaf.values if isinstance(leaf, tf.SparseTensor) else leaf.flat_values
+            found = _facts("batch" + "".join(f"[{key!r}]" for key in path), "batch", leaf)
+            if found is not None:
+                yield found
+    for role, variables in (
+        ("parameter", model.trainable_variables),
+        ("buffer", model.non_trainable_variables),
+    ):
+        for variable in variables:
+            if variable.dtype != "string" and "seed_generator_state" not in variable.path:
+                found = _facts(variable.path, role, variable.value.numpy())
+                if found is not None:
+                    yield found
+
+
+def _raised(trace: Trace, error: Exception) -> Raised:
+    """What is known of an operation that raised: TensorFlow names it at the end of its message."""
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.insert(0, (traceback.tb_frame, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    named = re.findall(r"\[Op:(\w+)\]", str(error))
+    integers: list[TensorFacts] = []
+    about_index = re.search(
+        r"is not in \[|outside the valid range|out of (range|bounds)", str(error)
+    )
+    for frame, _ in frames if named and about_index else ():
+        code, local = frame.f_code, frame.f_locals
+        if code.co_name in ("quick_execute", "error_handler", "execute"):
+            leaves = tf.nest.flatten([local.get(key) for key in ("inputs", "args", "kwargs")])
+            for leaf in leaves:
+                shape = np.shape(leaf) if hasattr(leaf, "shape") else None
+                if shape is not None and getattr(leaf, "dtype", None) not in (None, tf.resource):
+                    found = _facts(f"indices of shape {tuple(shape)}", "batch", leaf)
+                    if found is not None and found.integer and found.size:
+                        integers.append(found)
+            if integers:
+                break
+    line = source_line((frame.f_code.co_filename, number) for frame, number in frames)
+    place = trace.place(trace.failed_in, named[-1] if named else "", line)
+    return Raised(place, _message(error), tuple(integers))
+
+
+# ---------------------------------------------------------------------------------------------
+# The step, otherwise
+
+
+def _in_float64(model: keras.Model, loss_fn: Loss, batch: Any, trace: Trace) -> Float64:
+    wide = widen(batch)
+    with float64(model):
+        again = Trace(model, wide)
+        again.run(lambda: loss_fn(model, wide))
+        again.loss = _scalar(again.loss)
+        again.differentiate()
+        layers = again.uses_and_jump()[0]
+    pairs = [
+        (g.numpy().astype(np.float64), g64.numpy())
+        for g, g64 in zip(trace.gradients, again.gradients, strict=True)
+        if g is not None and g64 is not None
+    ]
+    total = math.hypot(*(norm(tf.constant(g64)) for _, g64 in pairs))
+    difference, lost = None, 0.0
+    if math.isfinite(total) and all(np.isfinite(g).all() for g, _ in pairs):
+        if total and not (trace.random or again.random):
+            difference = math.hypot(*(norm(tf.constant(g - g64)) for g, g64 in pairs)) / total
+        there = sum(np.count_nonzero(g64) for _, g64 in pairs)
+        lost = sum(np.count_nonzero((g == 0) & (g64 != 0)) for g, g64 in pairs) / max(there, 1)
+    return Float64(
+        loss=float(again.loss),
+        total=total,
+        finite=math.isfinite(float(again.loss)) and math.isfinite(total),
+        difference=difference,
+        lost=float(lost),
+        layers=layers,
+    )
+
+
+def _curvature(
+    step: Callable[[], tf.Tensor],
+    variables: list[keras.Variable],
+    optimizer: keras.Optimizer,
+    facts: OptimizerFacts,
+) -> Curvature | None:
+    scale: np.ndarray | float = 1.0
+    if facts.method == "adam":
+        if not facts.steps:
+            return None  # its denominators are those of the first gradient: the trial will tell
+        found = _optimizer.denominators(optimizer, variables)
+        if found is None:
+            return None
+        scale = np.concatenate([np.ravel(d) for d in found]) ** -0.5
+    product, slopes = hessian_product(step, [v.value for v in variables])
+    gradient = flat(slopes) * scale
+    size = np.linalg.norm(gradient)
+    start = np.random.default_rng(0).standard_normal(gradient.size) / math.sqrt(gradient.size)
+    if size > 0 and gradient.size > 1:
+        start = start + gradient / size
+    value, vector, settled = largest_eigenvalue(lambda v: product(v * scale) * scale, start)
+    ends = np.cumsum([math.prod(v.shape) for v in variables])[:-1]
+    shares = [float(part @ part) for part in np.split(vector, ends)]
+    return Curvature(value, facts.method == "adam", variables[int(np.argmax(shares))].path, settled)
+
+
+def _summed(
+    model: keras.Model, loss_fn: Loss, batch: Any, whole: float, start_over: Callable[[], None]
+) -> bool | None:
+    """Whether the loss of the batch is the sum of its halves' losses, not their mean."""
+    leaves = tf.nest.flatten(batch)
+    lengths = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in leaves}
+    if len(lengths) != 1 or None in lengths or not leaves:
+        return None
+    (length,) = lengths
+    if length < 2 or length % 2:
+        return None
+    parts = []
+    for half in (slice(None, length // 2), slice(length // 2, None)):
+        start_over()
+        parts.append(float(loss_fn(model, tf.nest.map_structure(lambda t, h=half: t[h], batch))))
+    total = sum(parts)
+    if not math.isfinite(total) or total == 0:
+        return None
+    closer = abs(whole - total), abs(whole - total / 2)
+    if min(closer) > 0.1 * abs(total):
+        return None
+    return closer[0] < closer[1]
+
+
+__all__ = ["Diagnosis", "Trial", "diagnose", "measure"]
