@@ -7,6 +7,7 @@ name; each compares measured numbers with the thresholds below.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import textwrap
 from collections.abc import Iterator
@@ -255,7 +256,7 @@ def _grows_forward(m: Measurements) -> tuple[LayerUse, float, int] | None:
     if len(outputs) < 4:
         return None
     factor = outputs[-1].output / outputs[0].output
-    largest = max(b.output / a.output for a, b in zip(outputs, outputs[1:], strict=False))
+    largest = max(b.output / a.output for a, b in itertools.pairwise(outputs))
     if factor / max(largest, 1.0) < GROWTH:
         return None
     return outputs[-1], factor, len(outputs) - 1
@@ -300,6 +301,9 @@ def _not_run(m: Measurements) -> Iterator[Finding]:
         yield _finding(
             "singularity", raised.place.name, evidence, "empty statistic", raised.place.source
         )
+    elif raised.by_value and not raised.integers:
+        evidence += " On other numbers of the same shapes it runs: it has no value at these."
+        yield _finding("singularity", raised.place.name, evidence, "pole", raised.place.source)
     elif raised.integers:
         seen = ", ".join(_indices(facts) for facts in raised.integers)
         evidence += f" The indices it got: {seen}."
@@ -446,13 +450,17 @@ def _format(m: Measurements) -> Iterator[Finding]:
             "underflow",
         )
     limit = DIFFERENT.get(m.dtype, 0.1)
-    if wide.difference is not None and wide.difference > limit and wide.total > 1e-4:
+    if wide.difference is None:
+        return
+    size = max(abs(wide.loss), abs(m.loss))
+    loss_apart = size > 1e-4 and abs(m.loss - wide.loss) > limit * size
+    if loss_apart or (wide.difference > limit and wide.total > 1e-4):
         yield _finding(
             "precision",
             "model",
             f"The gradient in {m.dtype} differs from that in float64 by "
-            f"{wide.difference:.0%} of its norm; the loss is {_number(m.loss)} against "
-            f"{_number(wide.loss)}.",
+            f"{_number(100 * wide.difference)} % of its norm; the loss is {m.loss:.6g} against "
+            f"{wide.loss:.6g}.",
             "cancellation",
         )
 
@@ -477,7 +485,9 @@ def _step_size(m: Measurements) -> Iterator[Finding]:
         broke = len(finite) < len(losses)
         scale = abs(losses[0]) + 1e-12
         climbed = (max(finite) - losses[0]) / scale
-        blew_up = broke or (climbed > 9 and m.trial.moved >= 1)
+        # No optimiser that works moves the weights by their own size and gains nothing on the very
+        # batch it is fed.
+        blew_up = broke or (m.trial.moved >= 1 and (climbed > 9 or losses[-1] >= losses[0]))
         rises = broke or losses[-1] > losses[0] or climbed > 9
     if not (blew_up or (above and (rises or not losses))):
         return
@@ -491,9 +501,11 @@ def _step_size(m: Measurements) -> Iterator[Finding]:
         )
     if losses:
         last = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        course = f"{_number(losses[0])} → {_number(max(finite))}"
-        evidence += f"Tried on this batch alone, the loss goes {course} in {len(losses) - 1} steps"
-        evidence += f" and is not finite after {last}." if last is not None else "."
+        course = f"from {_number(losses[0])} to {_number(finite[-1])}"
+        peak = f", with a peak of {_number(max(finite))}," * (max(finite) > 1.01 * finite[-1])
+        evidence += f"Tried on this batch alone, the loss goes {course}{peak} in "
+        evidence += f"{len(finite) - 1} steps"
+        evidence += " and is not finite after the next." if last is not None else "."
     if m.summed:
         evidence += " The loss is summed over the batch, not averaged."
     where = "loss" if m.summed else m.curvature.where if above else m.trial.where
@@ -524,13 +536,19 @@ def _faded(m: Measurements) -> tuple[LayerUse, LayerUse, float] | None:
     )
     if first is None or first.signal > VANISHED * last.signal:
         return None
-    return last, first, first.signal / last.signal
+    if first.signal == 0 and m.revives:
+        return None  # behind a weight that begins at 0 and is about to leave it
+    return last, layers[-1], first.signal / last.signal
 
 
 def _vanishing(m: Measurements) -> Iterator[Finding]:
-    if not finite_step(m) or not m.gradients:
+    if not finite_step(m):
         return
-    if total_norm(m) == 0 and abs(m.loss) > 1e-3:
+    if not m.gradients:
+        yield _finding(
+            "vanishing", "loss", "The loss depends on no trainable parameter.", "detached"
+        )
+    elif total_norm(m) == 0 and abs(m.loss) > 1e-3:
         yield _finding(
             "vanishing",
             "loss",
@@ -554,11 +572,13 @@ def _in_order(m: Measurements, found: list[Finding]) -> Iterator[str]:
     """What was measured and gives no cause for concern."""
     kinds = {finding.kind for finding in found}
     if finite_step(m):
-        yield f"Loss {_number(m.loss)} and all {len(m.gradients)} gradients are finite, "
-        yield f"total norm {_number(total_norm(m))}."
+        yield (
+            f"Loss {_number(m.loss)} and all {len(m.gradients)} gradients are finite, their total "
+            f"norm is {_number(total_norm(m))}."
+        )
     grown = growth(m)
     if grown is not None and not kinds & {"explosion", "vanishing"}:
-        yield f"Along {grown.layers} layers the gradient grows at most {_number(grown.total)}-fold."
+        yield f"Along the layers the gradient grows at most {_number(grown.total)}-fold."
     limit = _limit(m)
     if limit is not None and "divergence" not in kinds:
         share = m.optimizer.learning_rate / limit
@@ -567,7 +587,9 @@ def _in_order(m: Measurements, found: list[Finding]) -> Iterator[str]:
             yield "Above 1 and yet the loss falls: at the edge of stability that is usual."
     if m.trial is not None and "divergence" not in kinds:
         losses = m.trial.losses
-        yield f"{len(losses) - 1} steps on this batch take the loss from {_number(losses[0])} to "
-        yield f"{_number(losses[-1])}."
+        yield (
+            f"{len(losses) - 1} steps on this batch take the loss from {_number(losses[0])} to "
+            f"{_number(losses[-1])}."
+        )
     if m.float64 is not None and m.float64.difference is not None and "precision" not in kinds:
         yield f"{m.dtype} and float64 agree to {_number(m.float64.difference)} of the gradient."

@@ -1,5 +1,6 @@
-"""What `diagnose` measures on one training step, in either framework; `gradlab.diagnosis` judges it.
+"""What `diagnose` measures on one training step; `gradlab.diagnosis` judges it.
 
+Both frameworks fill the same record.
 Every norm is an L2 norm, computed so that its square neither over- nor underflows.  A *signal* is
 the gradient of the loss with respect to the output of an operation: what backpropagation carries.
 """
@@ -64,12 +65,15 @@ class Raised:
         integers: the integer tensors that the operation got, the suspects where an index is out
             of range.
         one_sample: the operation needs statistics, and got a single value for each of them.
+        by_value: the same operation runs on other numbers of the same shapes: it is the values
+            that it cannot take.
     """
 
     place: Place
     error: str
     integers: tuple[TensorFacts, ...] = ()
     one_sample: bool = False
+    by_value: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,8 @@ class Measurements:
         forward, backward: the first non-finite operation of each pass, if it reached the loss or
             a gradient.
         layers: uses of weights, in the order of the forward pass; empty if not measured.
+        revives: after one small step down the gradient, the signal reaches every weight; None if
+            it reached them all before, or was not measured.
         jump: the largest gain of one operation.
         float64: the step in float64; None if it could not be run.
         optimizer, curvature, trial: None without an optimiser, or if not measured.
@@ -243,6 +249,7 @@ class Measurements:
     forward: Event | None = None
     backward: Event | None = None
     layers: tuple[LayerUse, ...] = field(default=(), repr=False)
+    revives: bool | None = None
     jump: Jump | None = None
     float64: Float64 | None = None
     optimizer: OptimizerFacts | None = None

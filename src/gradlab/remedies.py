@@ -114,6 +114,11 @@ REMEDIES = {
         "layers.",
         "Initialisation and normalisation",
     ),
+    "detached": Remedy(
+        "Look for detach(), stop_gradient, no_grad, .item() or NumPy between the parameters and "
+        "the loss, and for parameters that are all frozen.",
+        "Diagnosis",
+    ),
     "dead": Remedy(
         "No gradient passes here at all: look for activations that are all off (dead ReLU), "
         "weights that are all 0, a saturated loss on probabilities (use logits), or a detach().",

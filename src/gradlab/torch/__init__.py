@@ -8,7 +8,8 @@ except ImportError as error:
     ) from error
 
 from gradlab.torch import sweep
+from gradlab.torch.diagnose import diagnose
 from gradlab.torch.models import MLP
 from gradlab.torch.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "sweep"]
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "diagnose", "sweep"]

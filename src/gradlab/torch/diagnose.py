@@ -1,0 +1,601 @@
+"""Look at one training step and say what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from gradlab import diagnosis
+from gradlab.diagnosis import Diagnosis
+from gradlab.measurements import (
+    Curvature,
+    Float64,
+    LayerUse,
+    Measurements,
+    OptimizerFacts,
+    Place,
+    Raised,
+    TensorFacts,
+    Trial,
+)
+from gradlab.torch._curvature import hessian_product, largest_eigenvalue
+from gradlab.torch._float64 import float64
+from gradlab.torch._state import spare_optimizer, untouched
+from gradlab.torch._tracing import Call, Trace, Weights, user_line
+from gradlab.torch.probe import gradient_norms, total_norm
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+TRIAL_STEPS = 10
+
+# Optimisers that divide by a running size of the gradient, and what they call that size.
+_ADAPTIVE = {
+    "Adam": "exp_avg_sq",
+    "AdamW": "exp_avg_sq",
+    "NAdam": "exp_avg_sq",
+    "RMSprop": "square_avg",
+    "Adagrad": "sum",
+}
+
+
+def diagnose(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Diagnosis:
+    """Examine one training step, and say what is wrong with it, where, and what to do.
+
+    ::
+
+        def loss_fn(model, batch):
+            x, y = batch
+            return F.cross_entropy(model(x), y)
+
+        print(diagnose(model, loss_fn, batch, optimizer=optimizer))
+
+    The step is run a few times on copies of the model's numbers: as it is, with every operation
+    watched; in float64; and, with an optimiser, for the curvature and for a few trial steps on
+    this batch.  Model, optimiser, gradients and random generators are then as before, to the bit.
+    The costs are about those of 50 training steps.
+
+    Whatever the model does, raising included, ends up in the diagnosis.  The loop around the step
+    is not seen: clipping in it, gradient scaling and warm-up are yours to think of.
+
+    Args:
+        model: in the mode and on the device in which it fails.  A compiled model is run without
+            its compiler, one in DistributedDataParallel without its communication.
+        loss_fn: maps (model, batch) to a scalar loss that has a gradient.
+        batch: whatever loss_fn takes; tensors in tuples, lists and dicts are looked at.
+        optimizer: if given, its step size is held against the curvature.
+
+    Returns:
+        The diagnosis; print it.
+
+    Raises:
+        TypeError: a model that is no module, a loss_fn that cannot be called, an optimiser that is
+            none.
+        ValueError: a loss that is not one number.
+    """
+    model, optimizer = _checked(model, loss_fn, optimizer)
+    notes: list[str] = []
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        start_over = stack.enter_context(untouched(model))
+        stack.enter_context(_plain_kernels(model))
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        found["tensors"] = _facts(model, batch)
+        step = _Step(model, loss_fn, batch, parameters)
+
+        def measure(what: str, measurement: Callable[[], Any]) -> Any:
+            """A measurement that fails is a note, never an error."""
+            start_over()
+            try:
+                return measurement()
+            except _NotScalar:
+                raise
+            except Exception as error:
+                notes.append(f"{what}: {type(error).__name__}: {error}")
+                return None
+
+        found |= measure("the step", lambda: step.traced(check=False)) or {}
+        gradients = found.pop("_gradients", None)
+        finite = gradients is not None and math.isfinite(found["loss"])
+        finite = finite and all(math.isfinite(norm) for _, norm in found["gradients"])
+        if not finite and "raised" not in found:
+            found |= measure("the first bad operation", lambda: step.traced(check=True)) or {}
+            found.pop("_gradients", None)
+        if finite and any(use.signal == 0 for use in found["layers"]):
+            found["revives"] = measure("after a small step", lambda: step.revives(gradients))
+        if "raised" not in found:
+            wide = measure("the step in float64", lambda: step.in_float64(gradients))
+            found["float64"] = wide
+        if finite and optimizer is not None:
+            found |= _step_size(step, optimizer, measure, notes, start_over)
+        found.setdefault("loss", math.nan)
+    return diagnosis.judge(
+        Measurements(framework="PyTorch", dtype=_dtype(model), notes=tuple(notes), **found)
+    )
+
+
+class _NotScalar(ValueError):
+    """What the loss function returned is not one number."""
+
+
+def _checked(
+    model: Any, loss_fn: Any, optimizer: Any
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}"
+        )
+    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        optimizer = inner
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model), optimizer
+
+
+@contextmanager
+def _plain_kernels(model: nn.Module):
+    """Run what is fused or compiled step by step: seen by autograd, and differentiable twice."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if recurrent:
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _dtype(model: nn.Module) -> str:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------------------------------------
+# What goes in
+
+
+def _describe(name: str, role: str, tensor: torch.Tensor) -> TensorFacts:
+    integer = not (tensor.is_floating_point() or tensor.is_complex())
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        tensor = tensor.coalesce().values() if tensor.is_sparse else tensor.to_dense()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    good = torch.isfinite(tensor)
+    numbers = tensor[good].double()
+    low, high = (numbers.min().item(), numbers.max().item()) if numbers.numel() else (0.0, 0.0)
+    bad = tensor.numel() - int(good.sum())
+    mask = role == "batch" and not integer and high <= 0 and not bool(torch.isnan(tensor).any())
+    # An additive mask: 0 where one may look, −inf or a large negative number where not.
+    mask = mask and not bool(((tensor < 0) & (tensor > -1e4)).any()) and bool((tensor == 0).any())
+    mask = mask and not bool(torch.isposinf(tensor).any())
+    if mask:
+        return TensorFacts(name, role, tensor.numel(), 0, 0.0)
+    return TensorFacts(
+        name, role, tensor.numel(), bad, max(abs(low), abs(high)), low, high, integer
+    )
+
+
+def _facts(model: nn.Module, batch: Any) -> tuple[TensorFacts, ...]:
+    """The batch's, parameters' and buffers' numbers; only those of the batch that are in order."""
+    found = []
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiub":
+            leaf = torch.as_tensor(leaf)
+        if isinstance(leaf, torch.Tensor) and not leaf.is_quantized:
+            found.append(_describe(f"batch{pytree.keystr(path)}", "batch", leaf))
+    for role, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in named:
+            if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+                continue
+            low, high = torch.aminmax(tensor.detach())
+            largest = max(abs(low.item()), abs(high.item()))
+            if not largest < diagnosis.OUT_OF_RANGE:
+                found.append(_describe(name, role, tensor))
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------------------------------
+# The step
+
+
+class _Step:
+    """The user's step, and the ways to run it.
+
+    Args:
+        model, loss_fn, batch: as `diagnose` gets them.
+        parameters: the trainable ones, by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFunction, batch: Any, parameters: dict
+    ) -> None:
+        self.model, self.loss_fn, self.batch = model, loss_fn, batch
+        self.parameters = parameters
+
+    def loss(self, batch: Any = None) -> torch.Tensor:
+        """The loss, one number."""
+        loss = self.loss_fn(self.model, self.batch if batch is None else batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise _NotScalar(f"loss_fn must return one number as a tensor, got {got}")
+        return loss.reshape(())
+
+    def gradient(self, loss: torch.Tensor, *, graph: bool = False) -> list[torch.Tensor | None]:
+        """The loss's gradient by each parameter; `.grad` is left alone."""
+        if not loss.requires_grad or not self.parameters:
+            return [None] * len(self.parameters)
+        return list(
+            torch.autograd.grad(
+                loss, list(self.parameters.values()), create_graph=graph, allow_unused=True
+            )
+        )
+
+    def traced(self, *, check: bool) -> dict[str, Any]:
+        """Run it with every operation watched."""
+        trace = Trace(self.model, check=check)
+        try:
+            with trace.watching():
+                loss = self.loss_fn(self.model, self.batch)
+        except Exception as error:
+            return {"raised": _raised(error, trace, self.batch)}
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise _NotScalar(f"loss_fn must return one number as a tensor, got {got}")
+        weights = Weights(loss, self.parameters)
+        grads = self.gradient(loss.reshape(()))
+        named = [(n, g) for n, g in zip(self.parameters, grads, strict=True) if g is not None]
+        norms = gradient_norms(g for _, g in named)
+        found: dict[str, Any] = {
+            "loss": loss.item(),
+            "gradients": tuple(zip((n for n, _ in named), norms.tolist(), strict=True)),
+            "layers": weights.uses(),
+            "_gradients": grads,
+        }
+        total = total_norm(norms) if len(norms) else 0.0
+        if math.isfinite(total) and named:
+            dense = [g.coalesce().values() if g.is_sparse else g for _, g in named]
+            own = torch.nn.utils.get_total_norm(dense).item()
+            found["norm_overflows"] = not math.isfinite(own)
+        if check:
+            found["forward"] = trace.forward_event(loss)
+            if found["forward"] is None and not math.isfinite(total):
+                found["backward"] = trace.backward_event()
+            if found["forward"] is not None:
+                found["layers"] = self._outputs(trace)
+        elif math.isfinite(total) and math.isfinite(found["loss"]):
+            found["jump"] = trace.jump({id(p) for p in self.parameters.values()})
+        return found
+
+    def _outputs(self, trace: Trace) -> tuple[LayerUse, ...]:
+        """Where the forward pass overflowed there is no signal: the sizes of the outputs."""
+        names = {id(p): n for n, p in self.parameters.items()}
+        uses = []
+        for call in trace.calls:
+            weight = next((names[id(t)] for t in call.inputs if id(t) in names), None)
+            if weight is not None and call.outputs and self.parameters[weight].dim() >= 2:
+                uses.append((weight, call.outputs[0].detach()))
+        norms = gradient_norms(output for _, output in uses)
+        return tuple(
+            LayerUse(name.rpartition(".")[0], name, len(uses) - i, math.nan, float(norm))
+            for i, ((name, _), norm) in enumerate(zip(uses, norms, strict=True))
+        )
+
+    def in_float64(self, own: list[torch.Tensor | None] | None) -> Float64:
+        """Run it in float64, and compare with the gradient in the model's own format."""
+        before = torch.get_rng_state()
+        with float64(self.model) as widen:
+            loss = self.loss(widen(self.batch))
+            weights = Weights(loss, self.parameters)
+            grads = self.gradient(loss)
+        random = not torch.equal(before, torch.get_rng_state())
+        norms = gradient_norms(g for g in grads if g is not None)
+        total = total_norm(norms) if len(norms) else 0.0
+        finite = math.isfinite(loss.item()) and math.isfinite(total)
+        difference, lost = None, 0.0
+        pairs = [
+            (a.to_dense().double(), b.to_dense())
+            for a, b in zip(own or [], grads, strict=False)
+            if a is not None and b is not None
+        ]
+        if finite and pairs and all(bool(torch.isfinite(a).all()) for a, _ in pairs):
+            if not random and total > 0:
+                apart = gradient_norms(a - b for a, b in pairs)
+                difference = float(total_norm(apart) / total)
+            vanished = sum(int(((a == 0) & (b != 0)).sum()) for a, b in pairs)
+            lost = vanished / max(sum(int((b != 0).sum()) for _, b in pairs), 1)
+        return Float64(loss.item(), float(total), finite, difference, lost, weights.uses())
+
+    def revives(self, gradients: list[torch.Tensor | None]) -> bool:
+        """Whether the signal reaches every weight after a small step down the gradient."""
+        pairs = [
+            (p, g)
+            for p, g in zip(self.parameters.values(), gradients, strict=True)
+            if g is not None and not g.is_sparse
+        ]
+        slope = float(total_norm(gradient_norms(g for _, g in pairs)))
+        size = float(total_norm(gradient_norms(p for p, _ in pairs)))
+        if slope == 0:
+            return False
+        for p, g in pairs:
+            p.data -= (0.01 * (size + 1) / slope * g).to(p.dtype)
+        loss = self.loss()
+        weights = Weights(loss, self.parameters)
+        self.gradient(loss)
+        return all(use.signal > 0 for use in weights.uses())
+
+    def halves(self) -> bool | None:
+        """Whether the losses of the batch's halves add up to that of the batch."""
+        leaves = [t for t in pytree.tree_leaves(self.batch) if isinstance(t, torch.Tensor)]
+        sizes = {t.shape[0] for t in leaves if t.dim()}
+        if len(sizes) != 1 or (size := sizes.pop()) < 2 or size % 2:
+            return None
+
+        def half(rows: slice) -> float:
+            return self.loss(
+                pytree.tree_map(
+                    lambda t: t[rows] if isinstance(t, torch.Tensor) and t.dim() else t, self.batch
+                )
+            ).item()
+
+        with torch.no_grad():
+            whole = self.loss().item()
+            added = half(slice(0, size // 2)) + half(slice(size // 2, size))
+        return whole != 0 and abs(added / whole - 1) < 0.2
+
+
+def _raised(error: Exception, trace: Trace, batch: Any) -> Raised:
+    call = trace.raised_in
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if call is None:
+        import traceback
+
+        return Raised(
+            Place("model", "", user_line(traceback.extract_tb(error.__traceback__))), said
+        )
+    leaves = [
+        t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)
+    ]
+    indices = [t for t in leaves if not t.is_floating_point() and t.dtype != torch.bool]
+    about_index = isinstance(error, IndexError) or any(
+        word in str(error).lower() for word in ("out of bounds", "out of range", "class values")
+    )
+    integers = []
+    if about_index:
+        known = {
+            t.data_ptr(): f"batch{pytree.keystr(path)}"
+            for path, t in pytree.tree_flatten_with_path(batch)[0]
+            if isinstance(t, torch.Tensor)
+        }
+        for tensor in indices:
+            name = known.get(tensor.data_ptr(), "an integer tensor")
+            integers.append(_describe(name, "batch", tensor))
+    return Raised(call.place, said, tuple(integers), _one_sample(call), _by_value(call))
+
+
+def _by_value(call: Call) -> bool:
+    """Whether the operation runs on tame numbers of the same shapes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tame(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return leaf
+        numbers = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+        if leaf.dim() >= 2 and leaf.shape[-1] == leaf.shape[-2]:
+            # A matrix that can be inverted, and has a Cholesky factor.
+            numbers = (numbers + numbers.mT) / 2 + len(numbers) * torch.eye(leaf.shape[-1])
+        return numbers.to(leaf)
+
+    try:
+        with torch.no_grad():
+            args, kwargs = pytree.tree_map(tame, (call.args, call.kwargs))
+            call.function(*args, **kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def _one_sample(call: Call) -> bool:
+    """Whether an operation with statistics got a single value for each of them."""
+    if not call.inputs or "norm" not in call.place.operation:
+        return False
+    x = call.inputs[0]
+    return x.dim() >= 2 and x.numel() == x.shape[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# The step's size
+
+
+def _optimizer_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
+    name = type(optimizer).__name__
+    group = max(optimizer.param_groups, key=lambda g: float(g.get("lr", 0)))
+    rate, momentum, method = float(group.get("lr", math.nan)), 0.0, ""
+    steps = [
+        float(s["step"]) for s in optimizer.state.values() if isinstance(s, dict) and "step" in s
+    ]
+    if isinstance(optimizer, torch.optim.SGD) and not group.get("maximize"):
+        momentum = float(group["momentum"])
+        method = "gradient descent" if momentum == 0 else "momentum"
+        method = "nesterov" if group["nesterov"] else method
+    elif name in _ADAPTIVE:
+        method = "adam"
+        momentum = float(group["betas"][0]) if "betas" in group else 0.0
+    return OptimizerFacts(name, method, rate, momentum, int(max(steps, default=0)))
+
+
+def _scales(
+    optimizer: torch.optim.Optimizer, facts: OptimizerFacts, parameters: list[nn.Parameter]
+) -> list[torch.Tensor] | None:
+    """By what the optimiser multiplies each gradient, over its largest learning rate.
+
+    None for an adaptive method that has not seen a gradient yet: its scale is not known.
+    """
+    by_id: dict[int, dict] = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    scales = []
+    for p in parameters:
+        group = by_id.get(id(p))
+        if group is None:
+            scales.append(torch.zeros_like(p))
+            continue
+        share = float(group["lr"]) / facts.learning_rate if facts.learning_rate else 0.0
+        share *= 1 - float(group.get("dampening", 0) or 0)
+        if facts.method != "adam":
+            scales.append(torch.full_like(p, share))
+            continue
+        state = optimizer.state.get(p, {})
+        size = state.get(_ADAPTIVE[facts.name])
+        if size is None or not facts.steps:
+            return None
+        if "betas" in group:
+            size = size / (1 - group["betas"][1] ** float(state["step"]))
+        scales.append(share / (size.sqrt() + group["eps"]))
+    return scales
+
+
+def _step_size(
+    step: _Step,
+    optimizer: torch.optim.Optimizer,
+    measure: Callable[[str, Callable[[], Any]], Any],
+    notes: list[str],
+    start_over: Callable[[], None],
+) -> dict[str, Any]:
+    trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    mine = {n: p for n, p in step.parameters.items() if id(p) in trained}
+    if not mine:
+        notes.append("step size: the optimiser holds none of the model's parameters.")
+        return {}
+    found: dict[str, Any] = {"optimizer": measure("optimiser", lambda: _optimizer_facts(optimizer))}
+    facts = found["optimizer"]
+    if facts is None:
+        return {}
+    if facts.method:
+        scales = measure("scales", lambda: _scales(optimizer, facts, list(mine.values())))
+        if scales is not None:
+            found["curvature"] = measure(
+                "curvature", lambda: _curvature(step, mine, scales, facts, optimizer)
+            )
+    found["trial"] = measure("trial steps", lambda: _trial(step, optimizer, mine, start_over))
+    course = found["trial"]
+    if course is not None and not course.losses[-1] <= course.losses[0]:
+        with suppress(Exception):
+            start_over()
+            found["summed"] = step.halves()
+    return found
+
+
+def _curvature(
+    step: _Step,
+    parameters: dict[str, nn.Parameter],
+    scales: list[torch.Tensor],
+    facts: OptimizerFacts,
+    optimizer: torch.optim.Optimizer,
+) -> Curvature | None:
+    wanted = list(parameters.values())
+    decay = {
+        id(p): float(g.get("weight_decay", 0) or 0)
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    coupled = not isinstance(optimizer, torch.optim.AdamW)
+    roots = [s.sqrt() for s in scales]
+
+    def gradient(graph: bool) -> list[torch.Tensor]:
+        loss = step.loss()
+        grads = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True)
+        grads = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)
+        ]
+        return [g.to_dense() if g.is_sparse else g for g in grads]
+
+    state = torch.get_rng_state()
+
+    def same_draws(graph: bool) -> list[torch.Tensor]:
+        torch.set_rng_state(state)
+        return gradient(graph)
+
+    product = hessian_product(same_draws, wanted)
+
+    def scaled(v: list[torch.Tensor]) -> list[torch.Tensor]:
+        image = product([r * x for r, x in zip(roots, v, strict=True)])
+        if coupled:
+            image = [
+                h + decay[id(p)] * r * x for h, p, r, x in zip(image, wanted, roots, v, strict=True)
+            ]
+        return [(r * h).detach() for r, h in zip(roots, image, strict=True)]
+
+    # The gradient lies mostly along the steep directions; a little noise reaches the others.
+    generator = torch.Generator().manual_seed(0)
+    slope = [g.detach() * r for g, r in zip(same_draws(False), roots, strict=True)]
+    size = float(total_norm(gradient_norms(slope))) or 1.0
+    count = sum(p.numel() for p in wanted)
+    start = [
+        s / size + torch.randn(s.shape, generator=generator).to(s) * (0.3 / math.sqrt(count))
+        for s in slope
+    ]
+    value, vector, settled = largest_eigenvalue(scaled, start)
+    heaviest = int(np.argmax(gradient_norms(vector)))
+    return Curvature(value, facts.method == "adam", list(parameters)[heaviest], settled)
+
+
+def _trial(
+    step: _Step,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    start_over: Callable[[], None],
+) -> Trial:
+    """A few steps of the optimiser on this batch, on copies of the weights and of its state."""
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    everyone = list(step.parameters.values())
+    state = torch.get_rng_state()
+    losses: list[float] = []
+
+    def closure() -> torch.Tensor:
+        torch.set_rng_state(state)  # the same dropout at every step: only the weights change
+        loss = step.loss()
+        for p, g in zip(everyone, step.gradient(loss), strict=True):
+            p.grad = g
+        return loss.detach()
+
+    searches = isinstance(optimizer, torch.optim.LBFGS)
+    with spare_optimizer(optimizer):
+        for _ in range(1 if searches else TRIAL_STEPS):
+            losses.append(closure().item())
+            if not math.isfinite(losses[-1]):
+                break
+            # The class's own method: a scheduler may have wrapped the instance's.
+            if searches:
+                type(optimizer).step(optimizer, torch.enable_grad()(closure))
+            else:
+                type(optimizer).step(optimizer)
+        else:
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                losses.append(step.loss().item())
+        sizes = {n: gradient_norms([w])[0] for n, w in before.items()}
+        moves = {n: gradient_norms([p.detach() - before[n]])[0] for n, p in parameters.items()}
+    relative = {n: moves[n] / sizes[n] if sizes[n] > 0 else 0.0 for n in moves}
+    total = np.hypot.reduce(list(sizes.values()))
+    moved = float(np.hypot.reduce(list(moves.values())) / total) if total > 0 else math.inf
+    return Trial(tuple(losses), moved, max(relative, key=relative.get))
