@@ -242,11 +242,10 @@ class Reader(keras.Model):
         return self.head(tf.reduce_mean(self.attention(x, mask), axis=1))
 
 
-def attention(padded_row: bool, low: float = -np.inf) -> Step:
+def attention(padded_row: bool) -> Step:
     mask = np.zeros((4, 5), "float32")
-    mask[:, 3:] = low
-    if padded_row:
-        mask[2] = low
+    mask[:, 3:] = -np.inf
+    mask[2] = -np.inf if padded_row else 0  # mended: what is not used may look anywhere
 
     def loss_fn(m, b):
         return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(b[2], m(b[:2])))
@@ -625,7 +624,7 @@ CASES = [
         lambda outcome: not outcome.finite,
         "singularity",
         ("attention",),
-        lambda: attention(True, low=-1e9),
+        lambda: attention(False),
     ),
     Case(
         "21: every target ignored",

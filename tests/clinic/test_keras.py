@@ -33,8 +33,13 @@ def train(step: Step, steps: int = 30) -> list[float]:
         with tf.GradientTape() as tape:
             loss = step.loss_fn(step.model, step.batch)
         grads = tape.gradient(loss, [v.value for v in variables])
-        assert all(np.isfinite(tf.convert_to_tensor(g).numpy()).all() for g in grads)
-        step.optimizer.apply(grads, variables)
+        found = [
+            (tf.convert_to_tensor(g), v)
+            for g, v in zip(grads, variables, strict=True)
+            if g is not None
+        ]
+        assert all(np.isfinite(g.numpy()).all() for g, _ in found)
+        step.optimizer.apply_gradients(found)
         losses.append(float(loss))
     return losses
 
@@ -116,13 +121,13 @@ def test_norm_overflow_defeats_clipping():
 
 
 def test_a_matrix_without_an_inverse():
-    """TensorFlow raises where others divide by zero; the operation is named all the same."""
+    """TensorFlow raises here: it is the values, and not the shapes."""
     step = clinic.singular(
         lambda z: tf.linalg.trace(tf.linalg.inv(tf.matmul(z, z, transpose_a=True)))
     )()
     diagnosis = told(step)
     assert diagnosis.measurements.raised.place.operation == "matrixinverse"
-    assert "not invertible" in str(diagnosis)
+    assert diagnosis.kind == "singularity", str(diagnosis)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,21 +147,22 @@ def test_terminate_on_nan_is_too_late():
     assert np.isnan(step.model.layers[-1].kernel.numpy()).any()
 
 
-def test_check_numerics_lets_nan_through_when_compiled():
+def test_check_numerics_and_compiled_steps():
+    """Of a step compiled before it names no operation; one compiled after fails to compile."""
     step = clinic.distance(lambda d: tf.norm(d, axis=-1))
-
-    def plain():
-        return plain_gradient(step)
-
+    before = tf.function(lambda: plain_gradient(step), jit_compile=True)
+    before()
     tf.debugging.enable_check_numerics()
     try:
-        with pytest.raises(tf.errors.InvalidArgumentError):
-            plain()
-        compiled = tf.function(plain, jit_compile=True)()
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"SqrtGrad|RealDiv|Mul"):
+            plain_gradient(step)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="__inference_"):
+            before()
+        with pytest.raises(tf.errors.InvalidArgumentError, match="unsupported operations"):
+            tf.function(lambda: plain_gradient(step), jit_compile=True)()
     finally:
         tf.debugging.disable_check_numerics()
-    assert any(np.isnan(g).any() for g in compiled)
-    assert told(step).kind == "singularity"
+    assert told(step).measurements.backward.place.operation == "sqrt"
 
 
 def plain_gradient(step: Step):
@@ -169,7 +175,9 @@ def test_labels_beyond_the_classes_are_nan_when_compiled():
     step = clinic.classes(3)
     compiled = tf.function(lambda: step.loss_fn(step.model, step.batch), jit_compile=True)
     assert np.isnan(compiled())
-    assert told(step).kind == "bad input"
+    diagnosis = told(step)
+    assert diagnosis.kind == "bad input"
+    assert "batch[1] from 0 to 3" in str(diagnosis)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -102,15 +102,13 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
 
     with ExitStack() as back:
         back.callback(tf.config.run_functions_eagerly, tf.config.functions_run_eagerly())
-        back.callback(
-            (keras.config.enable_traceback_filtering)
-            if keras.config.is_traceback_filtering_enabled()
-            else keras.config.disable_traceback_filtering
-        )
+        for settings in (keras.config, tf.debugging):
+            if settings.is_traceback_filtering_enabled():
+                back.callback(settings.enable_traceback_filtering)
+                settings.disable_traceback_filtering()
         back.callback(seeds_back)
         back.callback(rewind)
         tf.config.run_functions_eagerly(True)
-        keras.config.disable_traceback_filtering()
         start_over()
         yield start_over
 
