@@ -483,3 +483,27 @@ def test_cost(capsys):
         took, one = time.perf_counter() - start, float(np.median(times))
         with capsys.disabled():
             print(f"\n{name}: {took:.2f} s, {took / one:.0f} steps of {1e3 * one:.1f} ms")
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float16])
+def test_numbers_that_the_user_asks_for_are_replaced_in_float64(dtype):
+    step = clinic.two_layers(0.1)
+
+    def loss_fn(m, batch):
+        z = tf.cast(m(batch[0]), dtype) * tf.constant(2.0, dtype) + tf.random.normal(
+            [3], 0, 1, dtype
+        )
+        return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(batch[1], z))
+
+    wide = told(step._replace(loss_fn=loss_fn)).measurements.float64
+    assert 1e-9 < wide.difference < {tf.float32: 1e-5, tf.float16: 1e-2}[dtype]
+    assert [use.depth for use in wide.layers] == [2, 1]
+
+
+def test_float64_gives_the_gradient_of_the_users_own():
+    @tf.custom_gradient
+    def reversed_(x):
+        return tf.identity(x), lambda dy: -dy
+
+    step = clinic.on_output(lambda z: tf.reduce_mean(reversed_(z) ** 2))
+    assert told(step).measurements.float64.difference < 1e-5

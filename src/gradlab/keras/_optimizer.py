@@ -84,7 +84,7 @@ def spare(optimizer: keras.Optimizer, variables: list) -> Iterator[keras.Optimiz
     twin = type(optimizer).from_config(optimizer.get_config())
     twin.build(variables)
     own, copied = inner(optimizer), inner(twin)
-    copied.iterations.assign(own.iterations)
+    copied._iterations.assign(own._iterations)
     if not callable(own._learning_rate) and hasattr(own._learning_rate, "numpy"):
         copied.learning_rate = float(own.learning_rate)
     yield twin

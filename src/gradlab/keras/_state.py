@@ -106,6 +106,8 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
             if settings.is_traceback_filtering_enabled():
                 back.callback(settings.enable_traceback_filtering)
                 settings.disable_traceback_filtering()
+        back.callback(tf.get_logger().setLevel, tf.get_logger().level)
+        tf.get_logger().setLevel("ERROR")  # it warns of functions that are run eagerly
         back.callback(seeds_back)
         back.callback(rewind)
         tf.config.run_functions_eagerly(True)
@@ -150,6 +152,13 @@ def float64(model: keras.Model) -> Iterator[None]:
         for layer in {id(layer): layer for layer in model._flatten_layers()}.values():
             if _widened(layer.compute_dtype):
                 change(layer, "_dtype_policy", keras.DTypePolicy("float64"))
+            for name, value in list(vars(layer).items()):
+                # TensorFlow's own variables and constants, which Keras does not know.
+                if isinstance(value, (tf.Tensor, tf.Variable)) and value.dtype.is_floating:
+                    wide = tf.cast(value, tf.float64)
+                    wide = tf.Variable(wide) if isinstance(value, tf.Variable) else wide
+                    back.callback(vars(layer).__setitem__, name, value)
+                    vars(layer)[name] = wide
             for tensor in _inputs(layer):
                 if _widened(tensor.dtype):
                     change(tensor, "_dtype", "float64")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import re
 import sys
@@ -41,6 +42,7 @@ _NO_VALUES = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}
 _LINEAR = {"Sum", "Mean", "Neg", "Tile", "BroadcastTo", "Pack", "ConcatV2", "Cast", "Pad", "PadV2"}
 # … and those whose slope depends on the other input alone.
 _BILINEAR = {"Mul", "RealDiv", "Div", "MatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"}
+_DRAWS = ("Random", "Stateless", "Stateful", "Multinomial", "TruncatedNormal", "Rng")
 _REPLAYS = 12
 
 
@@ -158,6 +160,8 @@ class Trace:
 
     def __init__(self, model: keras.Model, batch: Any) -> None:
         self.variables = model.trainable_variables
+        self._weights = [v.value for v in self.variables]
+        self._handles = {w.handle._id: i for i, w in enumerate(self._weights)}
         self.paths = layer_paths(model)
         self.owners = {
             id(v): self.paths[id(layer)]
@@ -188,15 +192,15 @@ class Trace:
 
         with tf.GradientTape() as self._tape, _watched(stack, self), _callback(note):
             self.loss = step()
-        drawn = ("Random", "Stateless", "Stateful", "Multinomial", "TruncatedNormal")
-        self.random = any(op.type.startswith(drawn) for op in self.ops)
+        self.random = any(op.type.startswith(_DRAWS) for op in self.ops)
         return self
 
     def differentiate(self) -> None:
         """Carry the loss's gradient back to every tensor of the forward pass."""
+        self._made = {id(t) for op in self.ops for t in op.outputs}
         seen = {id(t): t for op in self.ops for t in (*op.inputs, *op.outputs) if _floating(t)}
         tensors = list(seen.values())
-        found = self._tape.gradient(self.loss, [*tensors, *(v.value for v in self.variables)])
+        found = self._tape.gradient(self.loss, [*tensors, *self._weights])
         self._signals = {
             id(t): tf.convert_to_tensor(s)
             for t, s in zip(tensors, found, strict=False)
@@ -206,6 +210,66 @@ class Trace:
             g if g is None else tf.convert_to_tensor(g) for g in found[len(tensors) :]
         ]
         del self._tape
+
+    def in_float64(self) -> Trace:
+        """The same operations with all numbers in float64, random numbers included.
+
+        Gradients of the user's own are not respected here: `random` is then set.
+
+        Raises:
+            Exception: whatever TensorFlow raises for an operation that it lacks in float64.
+        """
+        again = copy.copy(self)
+        again.ops, again._weights = [], [tf.cast(w, tf.float64) for w in self._weights]
+        known: dict[int, Any] = {}
+
+        def wide(t: Any) -> Any:
+            if id(t) not in known:
+                index = self._parameter(t)
+                known[id(t)] = _widen(t) if index is None else tf.identity(again._weights[index])
+            return known[id(t)]
+
+        with tf.GradientTape() as again._tape:
+            again._tape.watch(again._weights)
+            for op in self.ops:
+                index = self._parameter(op.inputs[0]) if op.inputs else None
+                inputs, attrs = [wide(t) if _floating(t) else known.get(id(t), t)
+                                 for t in op.inputs], op.attrs  # fmt: skip
+                if op.type == "ReadVariableOp" and index is not None:
+                    outputs = [tf.identity(again._weights[index])]
+                elif op.type == "ResourceGather" and index is not None:
+                    outputs = [tf.gather(again._weights[index], inputs[1])]
+                elif op.type.startswith(_DRAWS) or any(t.dtype == tf.resource for t in op.inputs):
+                    outputs = list(map(_widen, op.outputs))
+                else:
+                    try:
+                        attrs, outputs = _rerun(op, inputs)
+                    except Exception:
+                        if any(self.signal(t) is not None for t in op.outputs):
+                            raise
+                        outputs = list(map(_widen, op.outputs))  # no gradient passes here
+                    else:
+                        if op.type not in ("StopGradient", "PreventGradient"):
+                            execute.record_gradient(op.type, inputs, attrs, outputs)
+                known.update(zip(map(id, op.outputs), outputs, strict=True))
+                again.ops.append(Op(op.type, inputs, outputs, attrs, op.layers, op.line))
+            again.loss = wide(self.loss)
+        again.differentiate()
+        again.random = any(
+            self.signal(t) is None and again.signal(known[id(t)]) is not None
+            for op in self.ops
+            for t in op.outputs
+        )
+        return again
+
+    def _parameter(self, t: Any) -> int | None:
+        """Which trainable variable a handle belongs to, or a tensor was read from, unannounced."""
+        if t.dtype == tf.resource:
+            return self._handles.get(t._id)
+        if not _floating(t) or id(t) in self._made or self.signal(t) is None:
+            return None
+        same = (np.array_equal(as_array(w), as_array(t)) for w in self._weights)
+        return next((i for i, equal in enumerate(same) if equal), None)
 
     def signal(self, tensor: Any) -> Any:
         """Gradient of the loss with respect to a tensor; None where nothing flows back."""
@@ -246,7 +310,12 @@ class Trace:
 
     def _forward(self, op: Op) -> Event:
         nan = any(map(_holds_nan, op.outputs))
-        return self._event(op, "forward", nan, cured=_attempt(lambda: _all_finite(_rerun(op)[1])))
+        return self._event(
+            op,
+            "forward",
+            nan,
+            cured=_attempt(lambda: _all_finite(_rerun(op, [*map(_widen, op.inputs)])[1])),
+        )
 
     def backward_event(self) -> Event | None:
         """The operation that made an inf or a NaN of a finite signal; None if there is none."""
@@ -296,21 +365,18 @@ class Trace:
         A tensor that no operation made is data if it is as long as the batch or has several
         elements of floating point, a parameter if the gradient reaches it and its values say so.
         """
-        handles = {v.value.handle._id: i for i, v in enumerate(self.variables)}
         origin: dict[int, Any] = {}
 
         def leaf(t: Any) -> Any:
             if not isinstance(t, tf.Tensor):
                 return "constant"
-            if t.dtype == tf.resource:
-                return frozenset([handles[t._id]]) if t._id in handles else "constant"
-            if _floating(t) and self.signal(t) is not None:  # a read of a variable, unannounced
-                for i, v in enumerate(self.variables):
-                    if v.shape == t.shape and np.array_equal(as_array(v.value), as_array(t)):
-                        return frozenset([i])
-                return "constant"
+            index = self._parameter(t)
+            if index is not None or t.dtype == tf.resource or self.signal(t) is not None:
+                return "constant" if index is None else frozenset([index])
             as_long = t.shape.rank and t.shape[0] in self._lengths
-            return "data" if as_long or (_floating(t) and np.size(t) > 1) else "constant"
+            return (
+                "data" if as_long or (_floating(t) and t.shape.num_elements() > 1) else "constant"
+            )
 
         for op in self.ops:
             taken = set()
@@ -447,25 +513,35 @@ def _smallest_input(op: Op, slopes: list) -> float:
     return min(found, default=float("nan"))
 
 
-def _rerun(op: Op) -> tuple[tuple, list, list]:
-    """Its attributes, outputs and inputs in float64."""
-    kinds = {int(d.as_datatype_enum) for d in (tf.float16, tf.bfloat16, tf.float32)}
+def _widen(tensor: Any) -> Any:
+    return tf.cast(tensor, tf.float64) if _floating(tensor) else tensor
+
+
+def _rerun(op: Op, inputs: list) -> tuple[tuple, list]:
+    """Its attributes and outputs for inputs in float64."""
     attrs = list(op.attrs)
     for k in range(1, len(attrs), 2):
-        is_type = backprop.op_attr_type(op.type, attrs[k - 1]) == int(_TYPE)
-        if is_type and int(tf.as_dtype(attrs[k]).as_datatype_enum) in kinds:
-            attrs[k] = int(tf.float64.as_datatype_enum)
-    inputs = [tf.cast(t, tf.float64) if _floating(t) else t for t in op.inputs]
-    made = execute.execute(op.type, len(op.outputs), inputs, tuple(attrs), context.context())
-    return tuple(attrs), list(made), inputs
+        kind = backprop.op_attr_type(op.type, attrs[k - 1])
+        if attrs[k] is None:
+            continue
+        if kind == _TYPE and tf.as_dtype(attrs[k]).is_floating:
+            attrs[k] = tf.float64.as_datatype_enum
+        elif kind == [_TYPE]:
+            kinds = map(tf.as_dtype, attrs[k])
+            attrs[k] = [(tf.float64 if d.is_floating else d).as_datatype_enum for d in kinds]
+    pairs = zip(attrs[::2], attrs[1::2], strict=True)
+    given = tuple(part for pair in pairs if pair[1] is not None for part in pair)  # None: default
+    made = execute.execute(op.type, len(op.outputs), inputs, given, context.context())
+    return tuple(attrs), list(made)
 
 
 def _rerun_slopes(op: Op, arriving: list) -> list:
-    attrs, outputs, inputs = _rerun(op)
+    inputs = list(map(_widen, op.inputs))
+    attrs, outputs = _rerun(op, inputs)
     return _slopes(op.type, attrs, inputs, outputs, arriving)
 
 
-_TYPE = backprop.pywrap_tfe.TF_ATTR_TYPE
+_TYPE = int(backprop.pywrap_tfe.TF_ATTR_TYPE)
 
 
 def _all_finite(tensors: list) -> bool:
@@ -512,7 +588,7 @@ def _in_words(tensor: Any) -> str:
     low, high, _ = _range(tensor)
     shape = ", ".join(map(str, tensor.shape))
     values = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-    bad = int(np.size(tensor) - np.isfinite(as_array(tensor)).sum())
+    bad = int(np.sum(~np.isfinite(as_array(tensor))))
     return f"{tensor.dtype.name} ({shape}), {values}" + (f", {bad} not finite" if bad else "")
 
 

@@ -28,6 +28,8 @@ from gradlab.measurements import (
     Trial,
 )
 
+_NARROW = (tf.float32, tf.float16, tf.bfloat16)
+
 Loss = Callable[[keras.Model, Any], Any]
 
 
@@ -353,9 +355,17 @@ def _traced(model: keras.Model, loss_fn: Loss, batch: Any) -> Trace:
 
 
 def _in_float64(model: keras.Model, loss_fn: Loss, batch: Any, trace: Trace) -> Float64:
-    with float64(model):
-        again = _traced(model, loss_fn, widen(batch))
-        layers = again.uses_and_jump()[0]
+    try:
+        with float64(model):
+            again = _traced(model, loss_fn, widen(batch))
+        narrow = (t for op in again.ops for t in op.outputs if t.dtype in _NARROW)
+        if any(again.signal(t) is not None for t in narrow):
+            raise TypeError("not all of it is float64")
+        again.random |= trace.random
+    except Exception:
+        # The user's code asks for another format: the same operations, then, one by one.
+        again = trace.in_float64()
+    layers = again.uses_and_jump()[0]
     pairs = [
         (g.numpy().astype(np.float64), g64.numpy())
         for g, g64 in zip(trace.gradients, again.gradients, strict=True)
@@ -364,7 +374,7 @@ def _in_float64(model: keras.Model, loss_fn: Loss, batch: Any, trace: Trace) -> 
     total = math.hypot(*(norm(tf.constant(g64)) for _, g64 in pairs))
     difference, lost = None, 0.0
     if math.isfinite(total) and all(np.isfinite(g).all() for g, _ in pairs):
-        if total and not (trace.random or again.random):
+        if total and not again.random:
             difference = math.hypot(*(norm(tf.constant(g - g64)) for g, g64 in pairs)) / total
         there = sum(np.count_nonzero(g64) for _, g64 in pairs)
         lost = sum(np.count_nonzero((g == 0) & (g64 != 0)) for g, g64 in pairs) / max(there, 1)
