@@ -263,6 +263,46 @@ def test_everything_is_restored(bad, built):
     assert run(True) == run(False)
 
 
+def test_attributes_and_added_losses_are_restored():
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.seen = 0, []
+
+        def call(self, x):
+            self.calls += 1
+            self.add_loss(tf.reduce_mean(x**2))
+            return x
+
+    model = clinic.net(clinic.dense(3), Counts(), clinic.dense(3))
+    layer = model.layers[1]
+    step = Step(
+        model,
+        lambda m, b: clinic.cross_entropy(m, b) + sum(m.losses),
+        (clinic.normal(8, 8), clinic.labels(8, 3)),
+        clinic.sgd(),
+    )
+    plain_step(step)
+    calls, (loss,) = layer.calls, model.losses
+    told(step)
+    assert layer.calls == calls
+    assert model.losses[0] is loss
+
+
+def test_a_probe_on_the_same_optimiser_sees_nothing():
+    from gradlab.keras import GradientProbe
+
+    class Asks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            told(step)
+
+    step = clinic.two_layers(0.1)
+    step.model.compile(step.optimizer, clinic.from_logits)
+    probe = GradientProbe()
+    step.model.fit(*step.batch, batch_size=16, verbose=0, callbacks=[probe, Asks()])
+    assert list(probe.history.steps) == [0, 1]
+
+
 def test_settings_are_restored():
     call, dtype = keras.layers.Layer.__call__, keras.losses.Loss.dtype
     told(clinic.two_layers(0.1))

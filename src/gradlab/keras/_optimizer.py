@@ -113,7 +113,8 @@ def trial(
             # The values: Keras's variables would be read again for every gradient.
             grads = tape.gradient(scaled, [v.value for v in variables])
             pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
-            tried.apply(*map(list, zip(*pairs, strict=True)))
+            # The class's own: a probe may stand in front of this one's.
+            type(tried).apply(tried, *map(list, zip(*pairs, strict=True)))
     if np.isfinite(losses[-1]):
         losses.append(float(step()))
     moves = [norm(tf.constant(v.value.numpy() - w)) for v, w in zip(variables, before, strict=True)]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
+from keras.src.utils.tracking import TrackedList
 from tensorflow.python.eager import context
 from tensorflow.python.ops import stateful_random_ops
 
+_PLAIN = (list, dict, set)
 _KERAS_SEEDS = "global_seed_generator"
 
 
@@ -31,7 +35,7 @@ def _held_by(thing: Any) -> Iterator[tf.Variable]:
         for part in thing:
             yield from _held_by(part)
     elif isinstance(thing, (keras.layers.Layer, keras.Metric, keras.Optimizer)):
-        for part in thing.variables:
+        for part in [*thing.variables, *getattr(thing, "metrics_variables", ())]:
             yield from _held_by(part)
         if isinstance(thing, keras.layers.Layer):
             # Keras does not track TensorFlow's own variables and generators.
@@ -43,27 +47,52 @@ def _held_by(thing: Any) -> Iterator[tf.Variable]:
 
 def _used_by(function: Callable) -> list:
     """What a function refers to: its closure, its globals, the object it is a method of."""
-    try:
-        names = inspect.getclosurevars(inspect.unwrap(function))
-        used = [*names.nonlocals.values(), *names.globals.values()]
-    except (TypeError, ValueError):
+    if isinstance(function, functools.partial):
+        used = [*function.args, *function.keywords.values(), *_used_by(function.func)]
+    else:
         used = []
-    return [*used, getattr(function, "__self__", function)]
+        with suppress(TypeError, ValueError):
+            names = inspect.getclosurevars(inspect.unwrap(function))
+            used = [*names.nonlocals.values(), *names.globals.values()]
+    owner = getattr(function, "__self__", function)
+    return [*used, owner, *getattr(owner, "__dict__", {}).values()]
+
+
+def _attributes(layer: keras.layers.Layer) -> Callable[[], None]:
+    """A function that restores a layer's attributes: counters, states, the losses it added."""
+    now = dict(vars(layer))
+    containers = [(value, copy.copy(value)) for value in now.values() if type(value) in _PLAIN]
+    containers += [(value, list(value)) for value in now.values() if type(value) is TrackedList]
+
+    def restore() -> None:
+        vars(layer).clear()
+        vars(layer).update(now)
+        for value, content in containers:
+            if isinstance(value, list):
+                list.__setitem__(value, slice(None), content)  # Keras would track them anew
+            else:
+                value.clear()
+                value.update(content)
+
+    return restore
 
 
 @contextmanager
-def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
+def untouched(
+    model: keras.Model, *others: Any, building: bool = False
+) -> Iterator[Callable[[], None]]:
     """Inside, the step may be taken at will; afterwards all is back.
 
     Restored are all variables of the model, of the optimiser, and those that the loss function
-    refers to; the random generators of TensorFlow, Keras, NumPy and Python; and the settings that
-    the measurements change.  TensorFlow's kernels keep a state of their own for every pair of
-    global and operation seed, which cannot be read: inside, the global seed is another one, so
-    that state is never met.
+    refers to; the random generators of TensorFlow, Keras, NumPy and Python; the layers'
+    attributes; and the settings that the measurements change.  TensorFlow's kernels keep a state of
+    their own for every pair of global and operation seed, which cannot be read: inside, the global
+    seed is another one, so that state is never met.
 
     Args:
         model: the model.
         others: optimisers, functions and whatever else may hold variables.
+        building: whether layers may keep the attributes that they get inside.
 
     Yields:
         A function that starts over: variables and generators as they were, so that each
@@ -75,6 +104,7 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
     things += [stateful_random_ops.global_generator]
     variables = {id(v): v for thing in things for v in _held_by(thing)}.values()
     kept = [(v, v.numpy()) for v in variables]
+    layers = () if building else tuple(map(_attributes, model._flatten_layers()))
     keras_seeds = global_state.get_global_attribute(_KERAS_SEEDS)
     generator = stateful_random_ops.global_generator
     python_state = random.getstate()
@@ -84,6 +114,8 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
     fresh = random.Random()  # from the system's entropy
 
     def rewind() -> None:
+        for restore in layers:
+            restore()
         for variable, value in kept:
             variable.assign(value)
         global_state.set_global_attribute(_KERAS_SEEDS, keras_seeds)

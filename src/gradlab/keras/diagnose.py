@@ -100,7 +100,8 @@ def measure(
             notes.append(f"{what} ({_message(error)}).")
 
     if not all(layer.built for layer in model._flatten_layers()):
-        _build(lambda: loss_fn(model, batch), untouched(model, optimizer, loss_fn, batch))
+        unchanged = untouched(model, optimizer, loss_fn, batch, building=True)
+        _build(lambda: loss_fn(model, batch), unchanged)
     with untouched(model, optimizer, loss_fn, batch) as start_over:
         variables = model.trainable_variables
         result: dict[str, Any] = {
