@@ -79,7 +79,7 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
     generator = stateful_random_ops.global_generator
     numpy_state, python_state = np.random.get_state(), random.getstate()
     engine = context.context()
-    seeds = engine._seed, engine._rng
+    seeds = engine._seed, getattr(engine, "_rng", None)
     fresh = random.Random()  # from the system's entropy
 
     def rewind() -> None:
