@@ -44,7 +44,7 @@ class Case:
     Attributes:
         name: which, with the clinic's row.
         make: the failing step.
-        symptom: what is wrong with the plain step; None where it shows only over several steps.
+        symptom: what is wrong with the plain step; None where it raises.
         kind: what the diagnosis must say.
         where: the places it may name; empty for any.
         mended: the step that works; None where there is nothing to mend in the step.
@@ -56,6 +56,11 @@ class Case:
     kind: str
     where: tuple[str, ...] = ()
     mended: Callable[[], Step] | None = None
+
+    @property
+    def raises(self) -> bool:
+        """Whether the plain step raises."""
+        return self.symptom is None
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -237,11 +242,10 @@ class Reader(keras.Model):
         return self.head(tf.reduce_mean(self.attention(x, mask), axis=1))
 
 
-def attention(padded_row: bool, low: float = -np.inf) -> Step:
+def attention(padded_row: bool) -> Step:
     mask = np.zeros((4, 5), "float32")
-    mask[:, 3:] = low
-    if padded_row:
-        mask[2] = low
+    mask[:, 3:] = -np.inf
+    mask[2] = -np.inf if padded_row else 0  # mended: what is not used may look anywhere
 
     def loss_fn(m, b):
         return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(b[2], m(b[:2])))
@@ -444,10 +448,6 @@ def scaled_inputs(scale: float, bad: bool = False) -> Step:
     return Step(model, squares, (x, normal(16, 1, seed=1)), sgd(0.01))
 
 
-def raises(outcome: Outcome) -> bool:  # never asked: the plain step raises
-    return True
-
-
 root_eps = 1e-6
 CASES = [
     Case(
@@ -624,7 +624,7 @@ CASES = [
         lambda outcome: not outcome.finite,
         "singularity",
         ("attention",),
-        lambda: attention(True, low=-1e9),
+        lambda: attention(False),
     ),
     Case(
         "21: every target ignored",
@@ -637,7 +637,7 @@ CASES = [
     Case(
         "22: label beyond the classes",
         lambda: classes(3),
-        raises,
+        None,
         "bad input",
         ("batch",),
         lambda: classes(2),
@@ -645,7 +645,7 @@ CASES = [
     Case(
         "22: token beyond the table",
         lambda: tokens(10),
-        raises,
+        None,
         "bad input",
         ("batch",),
         lambda: tokens(9),
@@ -713,20 +713,13 @@ UNSEEN = {
     "logsumexp over −inf": singular(
         lambda z: tf.reduce_mean(tf.reduce_logsumexp(z + tf.constant(-np.inf, z.dtype), axis=-1))
     ),
-    "inverse": singular(lambda z: tf.linalg.trace(tf.linalg.inv(_square_matrix(z)))),
     "cholesky": singular(lambda z: tf.linalg.trace(tf.linalg.cholesky(_square_matrix(z)))),
-    "log of a determinant": singular(
-        lambda z: tf.math.log(tf.linalg.det(_square_matrix(z)))
-    ),
+    "log of a determinant": singular(lambda z: tf.math.log(tf.linalg.det(_square_matrix(z)))),
     "erfinv at 1": singular(_mean(lambda z: tf.math.erfinv(1 + z))),
     "xdivy": singular(_mean(lambda z: tf.math.xdivy(1 + z, z))),
     "lgamma at 0": singular(_mean(tf.math.lgamma)),
-    "svd of equal singular values": singular(
-        lambda z: tf.reduce_sum(tf.linalg.svd(_square_matrix(z))[1] ** 3)
-    ),
     "keras.ops.norm": singular(lambda z: keras.ops.norm(z)),
     "keras.ops.std": singular(lambda z: keras.ops.std(z)),
-    "keras CosineSimilarity": singular(lambda z: tf.reduce_mean(keras.losses.cosine_similarity(z, z))),
 }
 
 
@@ -847,9 +840,7 @@ def low_rank() -> Step:
     down = L.Dense(4, use_bias=False, name="down")(x)
     up = L.Dense(32, use_bias=False, kernel_initializer="zeros", name="up")(down)
     model = keras.Model(x, L.Dense(3)(keras.ops.relu(frozen + up)))
-    return Step(
-        model, cross_entropy, (normal(32, 8), labels(32, 3)), keras.optimizers.AdamW(1e-3)
-    )
+    return Step(model, cross_entropy, (normal(32, 8), labels(32, 3)), keras.optimizers.AdamW(1e-3))
 
 
 def mixed() -> Step:
@@ -870,8 +861,8 @@ def convolution_1d() -> Step:
             dense(3),
         ]
     )
-    return Step(model, cross_entropy, (normal(16, 64, 2), labels(16, 3)), sgd(0.05, nesterov=True,
-                                                                           momentum=0.9))  # fmt: skip
+    optimizer = sgd(0.05, nesterov=True, momentum=0.9)
+    return Step(model, cross_entropy, (normal(16, 64, 2), labels(16, 3)), optimizer)
 
 
 HEALTHY = {

@@ -77,9 +77,10 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
     kept = [(v, v.numpy()) for v in variables]
     keras_seeds = global_state.get_global_attribute(_KERAS_SEEDS)
     generator = stateful_random_ops.global_generator
-    numpy_state, python_state = np.random.get_state(), random.getstate()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002
     engine = context.context()
-    seeds = engine._seed, getattr(engine, "_rng", None)
+    seeds = {key: vars(engine)[key] for key in ("_seed", "_rng") if key in vars(engine)}
     fresh = random.Random()  # from the system's entropy
 
     def rewind() -> None:
@@ -87,7 +88,7 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
             variable.assign(value)
         global_state.set_global_attribute(_KERAS_SEEDS, keras_seeds)
         stateful_random_ops.global_generator = generator
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
 
     def start_over() -> None:
@@ -96,19 +97,18 @@ def untouched(model: keras.Model, *others: Any) -> Iterator[Callable[[], None]]:
         engine._rng = random.Random(engine._seed)
 
     def seeds_back() -> None:
-        engine._seed, engine._rng = seeds
+        vars(engine).pop("_rng", None)  # not there before a seed was set
+        vars(engine).update(seeds)
 
     with ExitStack() as back:
         back.callback(tf.config.run_functions_eagerly, tf.config.functions_run_eagerly())
-        back.callback(
-            (keras.config.enable_traceback_filtering)
-            if keras.config.is_traceback_filtering_enabled()
-            else keras.config.disable_traceback_filtering
-        )
+        for settings in (keras.config, tf.debugging):
+            if settings.is_traceback_filtering_enabled():
+                back.callback(settings.enable_traceback_filtering)
+                settings.disable_traceback_filtering()
         back.callback(seeds_back)
         back.callback(rewind)
         tf.config.run_functions_eagerly(True)
-        keras.config.disable_traceback_filtering()
         start_over()
         yield start_over
 

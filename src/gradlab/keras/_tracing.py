@@ -103,6 +103,11 @@ def _floating(tensor: Any) -> bool:
     return isinstance(tensor, tf.Tensor) and tensor.dtype.is_floating
 
 
+def _holds_nan(tensor: Any) -> bool:
+    sparse = isinstance(tensor, tf.IndexedSlices)
+    return (sparse or _floating(tensor)) and bool(np.isnan(as_array(tensor)).any())
+
+
 def source_line(frames: Iterator[tuple[str, int]]) -> tuple[str, int] | None:
     """The first of some (file, line) that is the user's own."""
     for file, line in frames:
@@ -232,16 +237,15 @@ class Trace:
             bad = [t for t in op.inputs if _floating(t) and not finite(t)]
             if not bad:
                 return self._forward(op)
-            tensor = next((t for t in bad if np.isnan(as_array(t)).any()), bad[0])
+            tensor = next(filter(_holds_nan, bad), bad[0])
         # An inf that the user put there, as in a mask: guilty is who made a NaN of it.
         for op in reversed(path):
-            if not any(_floating(t) and np.isnan(as_array(t)).any() for t in op.inputs):
-                if any(_floating(t) and np.isnan(as_array(t)).any() for t in op.outputs):
-                    return self._forward(op)
+            if any(map(_holds_nan, op.outputs)) and not any(map(_holds_nan, op.inputs)):
+                return self._forward(op)
         return None
 
     def _forward(self, op: Op) -> Event:
-        nan = any(np.isnan(as_array(t)).any() for t in op.outputs if _floating(t))
+        nan = any(map(_holds_nan, op.outputs))
         return self._event(op, "forward", nan, cured=_attempt(lambda: _all_finite(_rerun(op)[1])))
 
     def backward_event(self) -> Event | None:
@@ -257,7 +261,7 @@ class Trace:
             )
             bad = [g for g in made or () if not finite(g)]
             if bad:
-                nan = any(np.isnan(as_array(g)).any() for g in bad)
+                nan = any(map(_holds_nan, bad))
                 masked = all(_masked(g, arriving) for g in bad)
                 cured = _attempt(lambda op=op, s=arriving: _all_finite(_rerun_slopes(op, s)))
                 return self._event(op, "backward", nan, masked=masked, cured=cured)
@@ -266,7 +270,7 @@ class Trace:
             for t in op.outputs:
                 if not finite(self.signal(t)):
                     after = next((o for o in self.ops if any(i is t for i in o.inputs)), op)
-                    nan = bool(np.isnan(as_array(self.signal(t))).any())
+                    nan = _holds_nan(self.signal(t))
                     return self._event(after, "backward", nan)
         return None
 

@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import keras
@@ -97,11 +97,8 @@ def measure(
         except Exception as error:
             notes.append(f"{what} ({_message(error)}).")
 
-    with untouched(model, optimizer, loss_fn, batch) as start_over:
-        if not model.built:
-            # Building creates variables, which only a second look can put back.
-            with noted("the model could not be built before the step"):
-                loss_fn(model, batch)
+    if not all(layer.built for layer in model._flatten_layers()):
+        _build(lambda: loss_fn(model, batch), untouched(model, optimizer, loss_fn, batch))
     with untouched(model, optimizer, loss_fn, batch) as start_over:
         variables = model.trainable_variables
         result: dict[str, Any] = {
@@ -116,7 +113,7 @@ def measure(
         try:
             trace.run(lambda: loss_fn(model, batch))
         except Exception as error:
-            raised = _raised(trace, error)
+            raised = _raised(trace, error, batch)
             return Measurements(**result, raised=raised, notes=tuple(notes))
         trace.loss = _scalar(trace.loss)
         trace.random |= drawn != _random_states()
@@ -143,6 +140,10 @@ def measure(
             result["norm_overflows"] = not finite(tf.linalg.global_norm([g for _, g in named]))
         with noted("The signal was not followed through the layers"):
             result["layers"], result["jump"] = trace.uses_and_jump()
+        if sound and any(use.signal == 0 for use in result.get("layers", ())):
+            with noted("Whether the signal comes back after a step is not known"):
+                start_over()
+                result["revives"] = _revives(model, loss_fn, batch, trace)
         with noted("The step could not be taken in float64"):
             start_over()
             result["float64"] = _in_float64(model, loss_fn, batch, trace)
@@ -168,8 +169,24 @@ def measure(
         return Measurements(**result, notes=tuple(notes))
 
 
+def _build(step: Callable[[], Any], unchanged: AbstractContextManager) -> None:
+    """Let the first step create the model's variables, and leave them as they were created."""
+    created: list[tuple[tf.Variable, np.ndarray]] = []
+
+    def creator(create: Callable, **options: Any) -> tf.Variable:
+        variable = create(**options)
+        created.append((variable, variable.numpy()))
+        return variable
+
+    with suppress(Exception), unchanged, tf.variable_creator_scope(creator):
+        step()  # if it raises, it will raise again where it is looked at
+    for variable, value in created:
+        variable.assign(value)
+
+
 def _random_states() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]
+    _, words, position, *_ = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), words.tobytes(), position
 
 
 def _scalar(loss: Any) -> tf.Tensor:
@@ -214,9 +231,9 @@ def _facts(name: str, role: str, value: Any) -> TensorFacts | None:
     kept = values if integer else values[np.isfinite(values)]
     low, high = (float(kept.min()), float(kept.max())) if kept.size else (0.0, 0.0)
     bad = int(values.size - kept.size)
-    if role == "batch" and not integer and np.any(values == 0) and np.any(values < 0):
-        if np.all((values == 0) | (values <= -1e4)):  # an additive mask
-            low = high = bad = 0
+    masks = values <= -1e4
+    if role == "batch" and not integer and masks.any() and np.all(masks ^ (values == 0)):
+        low, high, bad = 0.0, 0.0, 0  # an additive mask
     return TensorFacts(
         name, role, int(values.size), bad, max(abs(low), abs(high)), low, high, integer
     )
@@ -227,7 +244,7 @@ def _tensors(model: keras.Model, batch: Any) -> Iterator[TensorFacts]:
         if tf.is_tensor(leaf) or isinstance(leaf, (np.ndarray, np.generic, float, tf.Variable)):
             if isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
                 leaf = leaf.values if isinstance(leaf, tf.SparseTensor) else leaf.flat_values
-            found = _facts("batch" + "".join(f"[{key!r}]" for key in path), "batch", leaf)
+            found = _facts(_batch_name(path), "batch", leaf)
             if found is not None:
                 yield found
     for role, variables in (
@@ -241,7 +258,7 @@ def _tensors(model: keras.Model, batch: Any) -> Iterator[TensorFacts]:
                     yield found
 
 
-def _raised(trace: Trace, error: Exception) -> Raised:
+def _raised(trace: Trace, error: Exception, batch: Any) -> Raised:
     """What is known of an operation that raised: TensorFlow names it at the end of its message."""
     frames = []
     traceback = error.__traceback__
@@ -249,38 +266,95 @@ def _raised(trace: Trace, error: Exception) -> Raised:
         frames.insert(0, (traceback.tb_frame, traceback.tb_lineno))
         traceback = traceback.tb_next
     named = re.findall(r"\[Op:(\w+)\]", str(error))
-    integers: list[TensorFacts] = []
-    about_index = re.search(
-        r"is not in \[|outside the valid range|out of (range|bounds)", str(error)
-    )
-    for frame, _ in frames if named and about_index else ():
-        code, local = frame.f_code, frame.f_locals
-        if code.co_name in ("quick_execute", "error_handler", "execute"):
-            leaves = tf.nest.flatten([local.get(key) for key in ("inputs", "args", "kwargs")])
-            for leaf in leaves:
-                shape = np.shape(leaf) if hasattr(leaf, "shape") else None
-                if shape is not None and getattr(leaf, "dtype", None) not in (None, tf.resource):
-                    found = _facts(f"indices of shape {tuple(shape)}", "batch", leaf)
-                    if found is not None and found.integer and found.size:
-                        integers.append(found)
-            if integers:
-                break
+    integers, by_value = (), False
+    if named and (call := _innermost_call([frame for frame, _ in frames])):
+        function, arguments = call
+        if re.search(r"is not in \[|outside the valid range|out of (range|bounds)", str(error)):
+            integers = tuple(_indices(arguments, batch))
+        else:
+            tame = {key: _tame(value) for key, value in arguments.items()}
+            by_value = _runs(lambda: function(**tame))
     line = source_line((frame.f_code.co_filename, number) for frame, number in frames)
     place = trace.place(trace.failed_in, named[-1] if named else "", line)
-    return Raised(place, _message(error), tuple(integers))
+    return Raised(place, _message(error), integers, by_value=by_value)
+
+
+def _innermost_call(frames: list) -> tuple[Callable, dict] | None:
+    """The operation that raised, as a function, and its arguments, from TensorFlow's own frame."""
+    for frame in frames:
+        code = frame.f_code
+        if "/ops/gen_" in code.co_filename.replace("\\", "/"):
+            names = code.co_varnames[: code.co_argcount]
+            return frame.f_globals[code.co_name], {name: frame.f_locals[name] for name in names}
+    return None
+
+
+def _indices(arguments: dict, batch: Any) -> Iterator[TensorFacts]:
+    """Facts of the tensors of integers among some arguments, under their names in the batch."""
+    known = list(keras.tree.flatten_with_path(batch))
+    for leaf in tf.nest.flatten(list(arguments.values())):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or leaf.dtype == tf.resource:
+            continue
+        values = np.asarray(leaf)
+        if values.dtype.kind in "iu" and values.ndim:
+            same = (path for path, other in known if np.array_equal(np.asarray(other), values))
+            path = next(same, None)
+            name = "an integer tensor" if path is None else _batch_name(path)
+            yield _facts(name, "batch", values)
+
+
+def _batch_name(path: tuple) -> str:
+    return "batch" + "".join(f"[{key!r}]" for key in path)
+
+
+def _tame(leaf: Any) -> Any:
+    """Numbers between 0.1 and 0.9, as a positive definite matrix if square; others as they are."""
+    if not tf.is_tensor(leaf) or not leaf.dtype.is_floating:
+        return leaf
+    numbers = np.random.default_rng(0).uniform(0.1, 0.9, leaf.shape)
+    if numbers.ndim >= 2 and numbers.shape[-1] == numbers.shape[-2]:
+        numbers = (numbers + np.swapaxes(numbers, -1, -2)) / 2
+        numbers = numbers + numbers.shape[-1] * np.eye(numbers.shape[-1])
+    return tf.constant(numbers, leaf.dtype)
+
+
+def _runs(function: Callable[[], Any]) -> bool:
+    try:
+        function()
+    except Exception:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------
 # The step, otherwise
 
 
+def _revives(model: keras.Model, loss_fn: Loss, batch: Any, trace: Trace) -> bool:
+    """Whether the signal reaches every weight after a small step down the gradient."""
+    pairs = [
+        (v.value, g) for v, g in zip(trace.variables, trace.gradients, strict=True) if g is not None
+    ]
+    slope = math.hypot(*(norm(g) for _, g in pairs))
+    size = math.hypot(*(norm(v) for v, _ in pairs))
+    if slope == 0:
+        return False
+    for variable, gradient in pairs:
+        variable.assign_sub(gradient * (0.01 * (size + 1) / slope))
+    again = _traced(model, loss_fn, batch)
+    return all(use.signal > 0 for use in again.uses_and_jump()[0])
+
+
+def _traced(model: keras.Model, loss_fn: Loss, batch: Any) -> Trace:
+    trace = Trace(model, batch).run(lambda: loss_fn(model, batch))
+    trace.loss = _scalar(trace.loss)
+    trace.differentiate()
+    return trace
+
+
 def _in_float64(model: keras.Model, loss_fn: Loss, batch: Any, trace: Trace) -> Float64:
-    wide = widen(batch)
     with float64(model):
-        again = Trace(model, wide)
-        again.run(lambda: loss_fn(model, wide))
-        again.loss = _scalar(again.loss)
-        again.differentiate()
+        again = _traced(model, loss_fn, widen(batch))
         layers = again.uses_and_jump()[0]
     pairs = [
         (g.numpy().astype(np.float64), g64.numpy())
