@@ -256,12 +256,13 @@ def test_stability_limit_is_where_iterating_diverges(method, momentum):
 def test_momentum_widens_the_limit_and_nesterov_narrows_it():
     assert theory.stability_limit("momentum", 0.9) == pytest.approx(3.8)
     assert theory.stability_limit("nesterov", 0.9) == pytest.approx(3.8 / 2.8)
+    assert theory.stability_limit("adam", 0.9) == pytest.approx(38)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("adam",), "'gradient descent', 'momentum' or 'nesterov', got 'adam'"),
+        (("rprop",), "'nesterov' or 'adam', got 'rprop'"),
         (("momentum", 1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (("momentum", -0.1), "got -0.1"),
         (("gradient descent", 0.9), "no momentum, got 0.9"),

@@ -1,4 +1,4 @@
-"""Draw book/assets/triage.svg, the decision chart of the triage page: questions left, kinds right."""
+"""Draw book/assets/triage.svg, the decision chart of the triage page."""
 
 from html import escape
 from pathlib import Path
@@ -23,8 +23,8 @@ ROWS = [
      "explosion", "initial gain, normalisation, scaled skips", "no"),
     (["Was float64 needed, or does", "the gradient differ there?"], "yes",
      "precision", "wider format here, loss scaling, safe order", "no"),
-    (["Is the learning rate above the", "limit, and does the loss rise", "on this very batch?"], "yes",
-     "divergence", "smaller rate, warm-up, clipping", "no"),
+    (["Is the learning rate above the", "limit, and does the loss rise", "on this very batch?"],
+     "yes", "divergence", "smaller rate, warm-up, clipping", "no"),
     (["Do the first layers get less", "than a millionth of the last", "layer's gradient?"], "yes",
      "vanishing", "gain, activation, skips", "no"),
 ]  # fmt: skip
