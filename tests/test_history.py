@@ -12,9 +12,9 @@ import pytest
 from gradlab.history import GradientHistory, NonFinite, Recorder, ring_order
 
 
-def recorded(steps: int = 5, capacity: int = 10, **extra) -> Recorder:
+def recorded(steps: int = 5, capacity: int = 10, names=None, **extra) -> Recorder:
     """Step i of parameters a and b has norms i + 1 and 10 (i + 1)."""
-    recorder = Recorder(["a", "b"], capacity)
+    recorder = Recorder(["a", "b"], capacity, names)
     for i in range(steps):
         norms = np.array([i + 1.0, 10 * (i + 1.0)])
         recorder.add(norms, np.array([True, True]), clipped_total=float(i), **extra)
@@ -89,14 +89,15 @@ def test_update_ratios_belong_to_their_step_and_are_overwritten_with_it():
     assert recorded().history().update_ratios is None
 
 
-def test_activations_that_come_late_or_not_at_all():
-    recorder = Recorder(["a"], 5)
-    for seen in (None, {"f": 1.0, "g": 2.0}, None, {"g": 3.0}):
+def test_activations_of_some_steps_only():
+    recorder = Recorder(["a"], 5, activation_names=["f", "g"])
+    nan = np.nan
+    for seen in (nan, [1.0, 2.0], nan, [nan, 3.0]):
         recorder.add(np.ones(1), np.array([True]), clipped_total=1.0, activations=seen)
     history = recorder.history()
     assert history.activation_names == ["f", "g"]
-    nan = np.nan
     np.testing.assert_array_equal(history.activations, [[nan, nan], [1, 2], [nan, nan], [nan, 3]])
+    assert recorded().history().activations is None
 
 
 def test_a_history_is_a_copy():
@@ -143,7 +144,8 @@ def test_shapes_that_do_not_fit_are_named():
 
 
 def full() -> GradientHistory:
-    recorder = recorded(6, capacity=4, activations={"layer": 2.0}, skipped=True)
+    recorder = recorded(6, capacity=4, names=["layer"], activations=[2.0], skipped=True)
+    recorder.seen = "gradients after the loop's own clipping"
     recorder.add(np.array([np.nan, np.inf]), np.array([False, True]), clipped_total=np.inf)
     recorder.set_update_ratios(np.array([0.1, 1e-300]))
     return recorder.history()
