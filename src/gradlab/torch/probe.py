@@ -124,7 +124,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _clean(name: str) -> str:
     """A name without what wrappers inside the model put into it."""
-    return re.sub(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)(\.|$)", "", name)
+    wrapper = r"(^|\.)_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)(?=\.|$)"
+    return re.sub(wrapper, "", name).lstrip(".")
 
 
 def _float_tensors(output: object) -> Iterator[torch.Tensor]:
@@ -375,9 +376,12 @@ class GradientProbe:
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm!r}")
         scaler = self.scaler
-        if scaler is not None and scaler.is_enabled():
-            if scaler._per_optimizer_states[id(self.optimizer)]["stage"] is OptState.READY:
-                scaler.unscale_(self.optimizer)
+        if (
+            scaler is not None
+            and scaler.is_enabled()
+            and scaler._per_optimizer_states[id(self.optimizer)]["stage"] is OptState.READY
+        ):
+            scaler.unscale_(self.optimizer)
         seen = self._measure()
         if not seen.bad and seen.total > max_norm:
             gradients = [p.grad for p in self._named.values() if p.grad is not None]
@@ -467,7 +471,7 @@ class GradientProbe:
         raw = list(self._named)[int(np.argmax(seen.present & ~np.isfinite(seen.norms)))]
         owner = raw.rpartition(".")[0]
         kind = type(self._inner.get_submodule(owner)).__name__
-        owner = _clean(owner).rstrip(".") or "model"
+        owner = _clean(owner) or "model"
         raise NonFiniteGradientError(self._recorder.count - 1, _clean(raw), f"{owner}: {kind}")
 
     def _hide(self) -> None:
