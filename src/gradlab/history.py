@@ -65,8 +65,7 @@ class GradientHistory:
         total: (steps,), the norm over all parameters.
         skipped: (steps,), bool: steps that the probe, or loss scaling, kept from the optimiser.
         clipped_total: (steps,), the total norm after clipping by the probe's `clip_` or by a Keras
-            optimiser, equal to `total` at a step that was left alone; None where nobody clips that
-            the probe knows of.
+            optimiser, equal to `total` at a step that was left alone.
         first_nonfinite: the first bad step of the whole run and its first bad parameter, even
             if that step is no longer among the recorded ones; None if there was none.
         update_ratios: (steps, parameters), ‖Δw‖/‖w‖ of the steps at which the probe measured it
