@@ -6,15 +6,18 @@ import json
 import os
 from dataclasses import fields, replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
+from gradlab import plot
 from gradlab.history import GradientHistory, NonFinite, Recorder, ring_order
 
 
-def recorded(steps: int = 5, capacity: int = 10, **extra) -> Recorder:
+def recorded(steps: int = 5, capacity: int = 10, names=None, **extra) -> Recorder:
     """Step i of parameters a and b has norms i + 1 and 10 (i + 1)."""
-    recorder = Recorder(["a", "b"], capacity)
+    recorder = Recorder(["a", "b"], capacity, names)
     for i in range(steps):
         norms = np.array([i + 1.0, 10 * (i + 1.0)])
         recorder.add(norms, np.array([True, True]), clipped_total=float(i), **extra)
@@ -89,14 +92,15 @@ def test_update_ratios_belong_to_their_step_and_are_overwritten_with_it():
     assert recorded().history().update_ratios is None
 
 
-def test_activations_that_come_late_or_not_at_all():
-    recorder = Recorder(["a"], 5)
-    for seen in (None, {"f": 1.0, "g": 2.0}, None, {"g": 3.0}):
+def test_activations_of_some_steps_only():
+    recorder = Recorder(["a"], 5, activation_names=["f", "g"])
+    nan = np.nan
+    for seen in (nan, [1.0, 2.0], nan, [nan, 3.0]):
         recorder.add(np.ones(1), np.array([True]), clipped_total=1.0, activations=seen)
     history = recorder.history()
     assert history.activation_names == ["f", "g"]
-    nan = np.nan
     np.testing.assert_array_equal(history.activations, [[nan, nan], [1, 2], [nan, nan], [nan, 3]])
+    assert recorded().history().activations is None
 
 
 def test_a_history_is_a_copy():
@@ -143,7 +147,8 @@ def test_shapes_that_do_not_fit_are_named():
 
 
 def full() -> GradientHistory:
-    recorder = recorded(6, capacity=4, activations={"layer": 2.0}, skipped=True)
+    recorder = recorded(6, capacity=4, names=["layer"], activations=[2.0], skipped=True)
+    recorder.seen = "gradients after the loop's own clipping"
     recorder.add(np.array([np.nan, np.inf]), np.array([False, True]), clipped_total=np.inf)
     recorder.set_update_ratios(np.array([0.1, 1e-300]))
     return recorder.history()
@@ -237,3 +242,75 @@ def test_plain_values_go_through_json():
     assert last["grad_norm/b"] == last["grad_norm/total"] == np.inf
     assert last["update_ratio/b"] == 1e-300
     json.dumps(recorded(0).history().to_dict())
+
+
+# -- the picture ---------------------------------------------------------------------------------
+
+
+def pixels(history: GradientHistory, cells, **keywords) -> list[tuple[int, ...]]:
+    """The colours that are drawn at these (step, row), rows counting from 1."""
+    axis = history.plot(**keywords)
+    axis.figure.set_dpi(100)
+    axis.figure.canvas.draw()
+    drawn = np.asarray(axis.figure.canvas.buffer_rgba())
+    at = axis.transData.transform(np.array(cells, float)).astype(int)
+    colors = [tuple(int(v) for v in drawn[len(drawn) - 1 - y, x, :3]) for x, y in at]
+    plt.close(axis.figure)
+    return colors
+
+
+def eventful() -> GradientHistory:
+    """Parameter b comes late, c is lost at step 4, and step 6 is skipped."""
+    recorder = Recorder(["a", "b", "c"], 20)
+    for step in range(10):
+        present = np.array([True, step >= 3, True])
+        norms = np.where(present, [1.0, 2.0, np.nan if step in (4, 6) else 3.0], np.nan)
+        recorder.add(norms, present, clipped_total=1.0, skipped=step == 6)
+    return recorder.history()
+
+
+def test_no_gradient_is_white_and_a_bad_one_grey():
+    # Aside from the middle of the first bad cell, where a circle stands.
+    absent, bad, other, healthy = pixels(eventful(), [(1, 2), (4.4, 3.3), (6, 3), (1, 1)])
+    grey = tuple(round(255 * v) for v in to_rgb(plot.COLORS["failed"]))
+    assert absent == (255, 255, 255)
+    assert bad == other == grey
+    assert healthy not in (absent, bad)
+
+
+def test_skipped_and_bad_steps_are_marked_and_explained():
+    axis = eventful().plot()
+    lines = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+    assert lines["not finite (2)"] == [4, 6]
+    assert lines["skipped (1)"] == [6]
+    circles = [line for line in axis.lines if line.get_marker() == "o"]
+    assert all(line.get_xydata().tolist() == [[4, 3]] for line in circles)
+    assert len(circles) > 0
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert texts == ["not finite (2)", "skipped (1)", "no gradient"]
+    assert axis.get_title() == "first non-finite gradient: step 4, c"
+    assert recorded().history().plot().get_legend() is None
+    plt.close("all")
+
+
+@pytest.mark.parametrize("styled", [False, True])
+@pytest.mark.parametrize(("parameters", "steps"), [(1, 1), (1, 1000), (3, 2), (2000, 1000)])
+def test_any_size_is_drawn_without_a_warning(parameters, steps, styled, recwarn):
+    if styled:
+        plot.use_style()
+    name = "network/block_{0}/attention_{0}/a_projection/kernel"
+    recorder = Recorder([name.format(i) for i in range(parameters)], steps)
+    for step in range(steps):
+        norms = np.full(parameters, 10.0 ** (step % 5))
+        norms[-1] = np.nan if step == steps // 2 else 1.0
+        recorder.add(norms, np.ones(parameters, bool), clipped_total=1.0)
+    axis = recorder.history().plot()
+    axis.figure.canvas.draw()
+    bounds = axis.get_window_extent()
+    assert bounds.width > 0.4 * axis.figure.bbox.width  # names leave room for the picture
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    assert 1 <= len(labels) <= 40
+    assert max(map(len, labels)) <= 50
+    np.testing.assert_array_equal(axis.get_xticks() % 1, 0)  # no half steps
+    assert not recwarn.list
+    plt.close(axis.figure)

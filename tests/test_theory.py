@@ -235,7 +235,7 @@ def run(method: str, lr: float, momentum: float, steps: int = 3000) -> float:
     """|w| after minimising w²/2 (curvature 1) from 1, in the frameworks' own formulation."""
     w, v = 1.0, 0.0
     for _ in range(steps):
-        v = momentum * v + w
+        v = momentum * v + (w if method != "adam" else (1 - momentum) * w)
         w -= lr * (w + momentum * v if method == "nesterov" else v)
         if abs(w) > 1e6:
             break
@@ -245,7 +245,7 @@ def run(method: str, lr: float, momentum: float, steps: int = 3000) -> float:
 @pytest.mark.parametrize(
     ("method", "momentum"),
     [("gradient descent", 0.0)]
-    + [(m, beta) for m in ("momentum", "nesterov") for beta in (0.0, 0.3, 0.9)],
+    + [(m, beta) for m in ("momentum", "nesterov", "adam") for beta in (0.0, 0.3, 0.9)],
 )
 def test_stability_limit_is_where_iterating_diverges(method, momentum):
     limit = theory.stability_limit(method, momentum)
@@ -256,12 +256,13 @@ def test_stability_limit_is_where_iterating_diverges(method, momentum):
 def test_momentum_widens_the_limit_and_nesterov_narrows_it():
     assert theory.stability_limit("momentum", 0.9) == pytest.approx(3.8)
     assert theory.stability_limit("nesterov", 0.9) == pytest.approx(3.8 / 2.8)
+    assert theory.stability_limit("adam", 0.9) == pytest.approx(38)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("adam",), "'gradient descent', 'momentum' or 'nesterov', got 'adam'"),
+        (("rprop",), "'nesterov' or 'adam', got 'rprop'"),
         (("momentum", 1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (("momentum", -0.1), "got -0.1"),
         (("gradient descent", 0.9), "no momentum, got 0.9"),

@@ -348,10 +348,12 @@ def _events(m: Measurements) -> Iterator[Finding]:
         evidence += "is NaN. "
         yield _finding("singularity", where, evidence + _cure(m), "masked branch", source)
     elif event.in_float64 is False or (event.in_float64 is None and event.made == "nan"):
-        evidence += "On the same inputs it is not finite in float64 either. " * (
-            event.in_float64 is False
-        )
-        yield _finding("singularity", where, evidence + _cure(m), "pole", source)
+        if event.in_float64 is False:
+            evidence += (
+                "On the same inputs it is not finite in float64 either: it is not a matter of "
+            )
+            evidence += "the number format."
+        yield _finding("singularity", where, evidence.strip(), "pole", source)
     elif not _explodes(m):
         evidence += f"On the same inputs in float64 it is finite: {m.dtype} is too small for the "
         evidence += "result. "

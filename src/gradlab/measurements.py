@@ -7,7 +7,18 @@ the gradient of the loss with respect to the output of an operation: what backpr
 
 from __future__ import annotations
 
+import linecache
 from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def source_line(filename: str, number: int) -> str:
+    """A line of a program, "train.py:12: y = x.sqrt()", or of a notebook, "cell line 3: …"."""
+    text = linecache.getline(filename, number).strip()
+    where = f"{Path(filename).name}:{number}"
+    if "ipykernel" in filename or filename.startswith("<ipython"):
+        where = f"cell line {number}"
+    return f"{where}: {text}" if text else where
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class TensorFacts:
         size: number of elements.
         not_finite: how many of them are inf or NaN; an additive mask of 0 and −inf counts none.
         largest: the largest finite magnitude.
-        lowest, highest: ends of the finite values.
+        lowest: the smallest finite value.
+        highest: the largest finite value.
         integer: whether it holds integers (labels, tokens).
     """
 
@@ -226,14 +238,16 @@ class Measurements:
             own format, is not.
         tensors: batch, parameters and buffers.
         raised: what stopped the step, if something did.
-        forward, backward: the first non-finite operation of each pass, if it reached the loss or
-            a gradient.
+        forward: the first non-finite operation of the forward pass, if it reached the loss.
+        backward: that of the backward pass, after a finite forward pass.
         layers: uses of weights, in the order of the forward pass; empty if not measured.
         revives: after one small step down the gradient, the signal reaches every weight; None if
             it reached them all before, or was not measured.
         jump: the largest gain of one operation.
         float64: the step in float64; None if it could not be run.
-        optimizer, curvature, trial: None without an optimiser, or if not measured.
+        optimizer: None without one.
+        curvature: None without an optimiser, or if not measured.
+        trial: None without an optimiser, or if not measured.
         summed: the loss of the batch is the sum of the losses of its halves, not their mean;
             None if not measured.
         notes: what could not be measured, and why, in sentences.

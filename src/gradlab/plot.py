@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from gradlab.history import GradientHistory
 
 COLORS = {
     "prediction": "#000000",
@@ -54,6 +57,7 @@ def heatmap(
     names: list[str] | None = None,
     limits: tuple[float, float] | None = None,
     colorbar: bool = True,
+    present: np.ndarray | None = None,
 ) -> None:
     """Draw log₁₀ of gradient norms, layer × step; what is not finite is grey.
 
@@ -67,10 +71,13 @@ def heatmap(
         names: the layers' names, drawn beside the rows; None numbers them from 1.
         limits: the colour scale's ends in decades; None takes the data's own.
         colorbar: whether to add the scale.
+        present: (steps, layers), bool; where there was no gradient at all, the cell is white.
 
     Raises:
         ValueError: norms of another number of dimensions, or names that do not fit.
     """
+    from matplotlib.colors import ListedColormap
+
     norms = np.asarray(norms, dtype=float)
     if norms.ndim != 2:
         raise ValueError(f"norms must be (steps, layers), got shape {norms.shape}")
@@ -82,19 +89,22 @@ def heatmap(
     low, high = limits or _finite_range(decades)
     drawn = np.where(np.isneginf(decades), low, decades)
     axis.set_facecolor(COLORS["failed"])
-    image = axis.imshow(
-        np.ma.masked_invalid(drawn),
-        extent=(first - 0.5, last + 0.5, 0.5, norms.shape[1] + 0.5),
-        vmin=low,
-        vmax=high,
-        origin="lower",
-        aspect="auto",
-    )
+    place = {
+        "extent": (first - 0.5, last + 0.5, 0.5, norms.shape[1] + 0.5),
+        "origin": "lower",
+        "aspect": "auto",
+    }
+    image = axis.imshow(np.ma.masked_invalid(drawn), vmin=low, vmax=high, **place)
+    if present is not None and not np.all(present):
+        absent = np.ma.masked_where(np.transpose(present), np.zeros(drawn.shape))
+        axis.imshow(absent, cmap=ListedColormap(["white"]), **place)
     axis.grid(False)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.set_xlabel("step")
     axis.set_ylabel("layer")
     if names is not None:
-        axis.set_yticks(range(1, len(names) + 1), names)
+        apart = -(-len(names) // 40)  # more labels than 40 overlap
+        axis.set_yticks(range(1, len(names) + 1, apart), names[::apart])
     if colorbar:
         axis.figure.colorbar(image, ax=axis, label="log₁₀ gradient norm", pad=0.02)
 
@@ -147,8 +157,14 @@ def dots(
     axis.grid(visible=False, axis="y")
 
 
-def history(gradient_history, axis: Axes | None = None, **keywords: object) -> Axes:
-    """Draw a `GradientHistory` as parameter × step, its first non-finite step marked.
+def history(
+    gradient_history: GradientHistory, axis: Axes | None = None, **keywords: object
+) -> Axes:
+    """Draw a `GradientHistory` as parameter × step.
+
+    White is a parameter without gradient and grey a gradient that is not finite.  Above the picture
+    a cross marks a step with such a gradient and a triangle one that was skipped; the first bad
+    parameter of the first bad step has a circle, and the title names both.
 
     Args:
         gradient_history: what a probe recorded.
@@ -160,18 +176,86 @@ def history(gradient_history, axis: Axes | None = None, **keywords: object) -> A
     """
     import matplotlib.pyplot as plt
 
-    names = gradient_history.names
+    seen, names = gradient_history, gradient_history.names
     if axis is None:
-        _, axis = plt.subplots(figsize=(7.2, 1.2 + 0.22 * min(len(names), 40)))
-    if len(gradient_history.steps) == 0:
+        _, axis = plt.subplots(figsize=(7.2, 2.5 + 0.2 * min(len(names), 40)))
+    if len(seen.steps) == 0:
         axis.text(0.5, 0.5, "no step recorded", ha="center", transform=axis.transAxes)
         return axis
-    shown = names if len(names) <= 40 else None  # more labels than that overlap
-    heatmap(axis, gradient_history.norms, steps=gradient_history.steps, names=shown, **keywords)
-    axis.set_ylabel("" if shown else "parameter")
-    bad = gradient_history.first_nonfinite
+    given = {"steps": seen.steps, "names": _short(names), "present": seen.present}
+    heatmap(axis, seen.norms, **(given | keywords))
+    axis.set_ylabel("")
+    if max(map(len, given["names"])) > 24:
+        axis.tick_params(axis="y", labelsize=7)
+    bad = seen.first_nonfinite
     if bad is not None:
-        if bad.step >= gradient_history.steps[0]:
+        title = f"first non-finite gradient: step {bad.step}, {bad.name}"
+        if len(title) > 72:  # as wide as the figure
+            title = title.replace(f", {bad.name}", f",\n{bad.name}")
+        if bad.step < seen.steps[0]:
+            title += ", before the steps shown"
+        else:
             axis.axvline(bad.step - 0.5, color="white", linestyle=":", linewidth=1.5)
-        axis.set_title(f"first non-finite gradient: step {bad.step}, {bad.name}")
+            row = np.searchsorted(seen.steps, bad.step)
+            lost = seen.present[row] & ~np.isfinite(seen.norms[row])
+            for color, width in (("black", 3.6), ("white", 1.6)):  # seen on every colour
+                circle = {"mfc": "none", "mec": color, "mew": width, "ms": 9, "clip_on": False}
+                axis.plot(bad.step, np.argmax(lost) + 1, "o", zorder=4, **circle)
+        axis.set_title(title, fontsize=8 if "\n" in title else 10, pad=12)
+    _mark_steps(axis, seen)
     return axis
+
+
+def _mark_steps(axis: Axes, seen: GradientHistory) -> None:
+    """Mark skipped and bad steps above a picture, and explain below it what occurs in it."""
+    from matplotlib import transforms
+    from matplotlib.patches import Patch
+
+    lost = (seen.present & ~np.isfinite(seen.norms)).any(axis=1)
+    # Triangles are open and crosses small, so that a step may have both.
+    marks = (
+        ("not finite", lost, {"marker": "x", "ms": 3.5, "color": COLORS["prediction"]}),
+        ("skipped", seen.skipped, {"marker": "v", "ms": 8, "color": COLORS["highlight"]}),
+    )
+    entries = []
+    for label, steps, style in marks:
+        if steps.any():
+            entries += axis.plot(
+                seen.steps[steps],
+                np.ones(steps.sum()),
+                linestyle="",
+                mfc="none",
+                clip_on=False,
+                transform=axis.get_xaxis_transform()
+                + transforms.ScaledTranslation(0, 5 / 72, axis.figure.dpi_scale_trans),
+                label=f"{label} ({steps.sum()})",
+                **style,
+            )
+    if not seen.present.all():
+        entries.append(Patch(fc="white", ec=COLORS["failed"], label="no gradient"))
+    if entries:
+        below = transforms.ScaledTranslation(0, -0.42, axis.figure.dpi_scale_trans)
+        axis.legend(
+            handles=entries,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=axis.transAxes + below,
+            ncols=len(entries),
+            frameon=False,
+            borderaxespad=0,
+            handletextpad=0.4,
+            fontsize=9,
+        )
+
+
+def _short(names: list[str], width: int = 40) -> list[str]:
+    """Long names lose what all share, then their beginning: the picture needs room."""
+    parts = [re.split(r"(?<=[./])", name) for name in names]
+    while (
+        max(len("".join(p)) for p in parts) > width
+        and len({p[0] for p in parts}) == 1
+        and min(map(len, parts)) > 1
+    ):
+        parts = [p[1:] for p in parts]
+    short = ["".join(p) for p in parts]
+    return [n if len(n) <= width else "…" + n[1 - width :] for n in short]

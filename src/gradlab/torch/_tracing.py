@@ -7,6 +7,7 @@ which also shows what a fused recurrent layer does at each time step.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from gradlab.measurements import Event, Jump, LayerUse, Place
+from gradlab.measurements import Event, Jump, LayerUse, Place, source_line
 from gradlab.torch._float64 import float64
 from gradlab.torch.probe import gradient_norms
 
@@ -102,38 +103,24 @@ def operation_name(function: Any) -> str:
     )
 
 
-def user_line(frames: list[traceback.FrameSummary] | None = None) -> str:
-    """The innermost line that is neither PyTorch's nor ours: "train.py:12: y = x.sqrt()"."""
-    frames = traceback.extract_stack(limit=60) if frames is None else frames
-    for frame in reversed(frames):
-        if not frame.filename.startswith((*_LIBRARIES, "<")) or "ipython" in frame.filename:
-            return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}".rstrip(": ")
-    return ""
+def users_frame(depth: int = 1) -> tuple[str, int] | None:
+    """File and line of the innermost frame that is neither PyTorch's nor ours."""
+    frame = sys._getframe(depth)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((*_LIBRARIES, "<frozen")):
+            return name, frame.f_lineno
+        frame = frame.f_back
+    return None
 
 
-class _Lines:
-    """`user_line` without reading the stack's source lines at every operation."""
-
-    @staticmethod
-    def here() -> tuple[str, int] | None:
-        import sys
-
-        frame = sys._getframe(2)
-        while frame is not None:
-            name = frame.f_code.co_filename
-            if not name.startswith((*_LIBRARIES, "<frozen")):
-                return name, frame.f_lineno
-            frame = frame.f_back
-        return None
-
-    @staticmethod
-    def text(where: tuple[str, int] | None) -> str:
-        import linecache
-
-        if where is None:
-            return ""
-        line = linecache.getline(*where).strip()
-        return f"{Path(where[0]).name}:{where[1]}: {line}".rstrip(": ")
+def raised_at(error: BaseException) -> str:
+    """The user's line that an exception came through last; "" if none is known."""
+    line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_filename.startswith(_LIBRARIES):
+            line = source_line(frame.f_code.co_filename, number)
+    return line
 
 
 class Trace(TorchFunctionMode):
@@ -191,7 +178,8 @@ class Trace(TorchFunctionMode):
     def place(self, index: int) -> Place:
         """Where a call stands, with the user's line."""
         call = self.calls[index]
-        return Place(call.place.module, call.place.operation, _Lines.text(self._lines[index]))
+        line = self._lines[index]
+        return Place(call.place.module, call.place.operation, source_line(*line) if line else "")
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -206,7 +194,7 @@ class Trace(TorchFunctionMode):
         place = Place(self._stack[-1] if self._stack else "loss", name)
         call = Call(function, args, kwargs, place, inputs, [], [])
         call.makers = [self._maker.get(id(tensor), -1) for tensor in inputs]
-        line = _Lines.here()
+        line = users_frame(3)
         if self._check:
             call.bad_inputs = [self._state_of(tensor) for tensor in inputs]
             call.constant = any(
@@ -218,7 +206,7 @@ class Trace(TorchFunctionMode):
         except Exception:
             if self.raised_in is None:
                 self.raised_in = call
-                self.raised_in.place = Place(place.module, name, _Lines.text(line))
+                self.raised_in.place = Place(place.module, name, source_line(*line) if line else "")
             raise
         outputs = floats(result)
         changed = name.endswith("_") or name == "setitem" or kwargs.get("out") is not None

@@ -29,7 +29,7 @@ from gradlab.measurements import (
 from gradlab.torch._curvature import hessian_product, largest_eigenvalue
 from gradlab.torch._float64 import float64
 from gradlab.torch._state import spare_optimizer, untouched
-from gradlab.torch._tracing import Call, Trace, Weights, user_line
+from gradlab.torch._tracing import Call, Trace, Weights, raised_at
 from gradlab.torch.probe import gradient_norms, total_norm
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -369,11 +369,7 @@ def _raised(error: Exception, trace: Trace, batch: Any) -> Raised:
     call = trace.raised_in
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if call is None:
-        import traceback
-
-        return Raised(
-            Place("model", "", user_line(traceback.extract_tb(error.__traceback__))), said
-        )
+        return Raised(Place("model", "", raised_at(error)), said)
     leaves = [
         t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)
     ]

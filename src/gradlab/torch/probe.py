@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.amp.grad_scaler import OptState
 
-from gradlab.history import GradientHistory, Recorder
-
-ON_NONFINITE = ("record", "skip", "raise")
+from gradlab.history import GradientHistory, Outlet, Recorder, check_options
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -34,13 +37,32 @@ class NonFiniteGradientError(FloatingPointError):
 
 # Below this, squares of float32 numbers may have lost digits, or all of them, to underflow.
 _TINY = 1e-15
+# One running float32 sum over more numbers than _LARGE loses the fourth digit, pieces do not.
+_LARGE, _PIECE = 1 << 22, 1 << 18
+_PLAIN = (torch.float32, torch.float64)
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient's numbers, in at least float32."""
+    """The gradient's numbers, real and in at least float32."""
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
-    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
+    if gradient.dtype in _PLAIN:
+        return gradient
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+    return gradient if gradient.dtype in _PLAIN else gradient.float()
+
+
+def _read(scalars: Iterable[torch.Tensor]) -> np.ndarray:
+    """Numbers that lie on the model's devices, float64; the only place that waits for them."""
+    scalars = list(scalars)
+    try:
+        stacked = torch.stack(scalars)
+    except RuntimeError:  # a model that is spread over devices
+        stacked = torch.stack([s.cpu() for s in scalars])
+    if hasattr(stacked, "full_tensor"):  # a DTensor: each process holds a part of the sum
+        stacked = stacked.full_tensor()
+    return stacked.cpu().double().numpy()
 
 
 def _exact_norm(gradient: torch.Tensor) -> float:
@@ -68,15 +90,65 @@ def gradient_norms(gradients: Iterable[torch.Tensor]) -> np.ndarray:
     dense = [_dense(g.detach()) for g in gradients]
     if not dense:
         return np.zeros(0)
-    norms = torch.stack(torch._foreach_norm(dense)).double().cpu().numpy()
-    for i in np.flatnonzero(~(norms > _TINY) | ~np.isfinite(norms)):
-        norms[i] = _exact_norm(dense[i])
+    starts, pieces = range(len(dense)), dense
+    if max(g.numel() for g in dense) > _LARGE:
+        cut = [g.flatten().split(_PIECE) if g.numel() > _LARGE else (g,) for g in dense]
+        starts = np.cumsum([0] + [len(c) for c in cut[:-1]])
+        pieces = [piece for c in cut for piece in c]
+    norms = _read(torch._foreach_norm(pieces))
+    if pieces is not dense:
+        with np.errstate(over="ignore"):  # seen as inf below, and looked at again
+            norms = np.sqrt(np.add.reduceat(norms**2, starts))
+    if not (norms.min() > _TINY and norms.max() < np.inf):
+        for i in np.flatnonzero(~(norms > _TINY) | ~np.isfinite(norms)):
+            norms[i] = _exact_norm(dense[i])
     return norms
 
 
 def total_norm(norms: np.ndarray) -> float:
     """√Σ norm², without overflow for norms up to the largest float64."""
-    return float(np.linalg.norm(norms / m) * m) if 0 < (m := norms.max(initial=0)) < np.inf else m
+    m = float(norms.max(initial=0))
+    return m * math.sqrt(np.square(norms / m).sum()) if 0 < m < math.inf else m
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _clean(name: str) -> str:
+    """A name without what wrappers inside the model put into it."""
+    wrapper = r"(^|\.)_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)(?=\.|$)"
+    return re.sub(wrapper, "", name).lstrip(".")
+
+
+def _float_tensors(output: object) -> Iterator[torch.Tensor]:
+    """What a module gave that can overflow: tensors inside tuples, lists and dictionaries too."""
+    if isinstance(output, torch.Tensor):
+        if output.numel() and (output.is_floating_point() or output.is_complex()):
+            yield output.detach()
+    elif isinstance(output, tuple | list | dict):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _float_tensors(part)
+
+
+class _Seen(NamedTuple):
+    """What one look at the gradients found."""
+
+    norms: np.ndarray  # (parameters,)
+    present: np.ndarray  # (parameters,)
+    total: float
+    clipped_total: float
+
+    @property
+    def bad(self) -> bool:
+        return not math.isfinite(self.total)
 
 
 class GradientProbe:
@@ -92,19 +164,35 @@ class GradientProbe:
         probe.history.plot()
 
     Args:
-        model: names the parameters.
+        model: names the parameters; what `torch.compile` and `DistributedDataParallel` add to the
+            names is left out.
         optimizer: whose `step` is watched.
         capacity: steps kept; older ones are overwritten.
-        activations: also record the largest absolute output of every leaf module.
+        activations: also record the largest absolute output of every leaf module, over all forward
+            passes with gradients since the step before.
         update_ratio_every: every so many steps, also record ‖Δw‖/‖w‖ of every parameter; 0 never.
         on_nonfinite: what to do when a gradient holds an inf or NaN: "record" it, "skip" the step
             (weights and optimiser state stay as they are), or "raise" before the step.
+        scaler: the `torch.amp.GradScaler` that calls `step`, if one does.
+        save_to: an .npz file that is replaced every `save_every` steps and at the end of the block,
+            so that a run that is killed leaves its history.
 
-    The probe sees gradients as they are when `step` is called.  If the loop clips them first, it
-    sees them clipped; call `probe.clip_(max_norm)` instead of `clip_grad_norm_` to record both.
+    The probe sees gradients as they are when `step` is called: summed over accumulated batches,
+    and clipped if the loop clips them first.  Call `probe.clip_(max_norm)` instead of
+    `clip_grad_norm_` to record both norms; `history.seen` says which ones it holds.
+
+    A GradScaler divides the gradients by its scale before it calls `step`, so the norms are those
+    of the loss itself.  Steps that it leaves out never reach the optimiser: give it as `scaler` to
+    have them recorded, as skipped.  They are its way to find a scale, so none of them raises.
+
+    A `step(closure)` gives one row, of the last evaluation or of the first whose gradient is not
+    finite.  If that is skipped, the whole step is undone.
+
+    On an accelerator the norms are read once per step, which waits for the backward pass.
 
     Raises:
         ValueError: an argument out of range.
+        FileNotFoundError: `save_to` lies in no folder.
     """
 
     def __init__(
@@ -116,79 +204,168 @@ class GradientProbe:
         activations: bool = False,
         update_ratio_every: int = 0,
         on_nonfinite: str = "record",
+        scaler: torch.amp.GradScaler | None = None,
+        save_to: str | Path | None = None,
+        save_every: int = 100,
     ) -> None:
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"on_nonfinite must be one of {ON_NONFINITE}, got {on_nonfinite!r}")
-        if update_ratio_every < 0:
-            raise ValueError(f"update_ratio_every must be ≥ 0, got {update_ratio_every!r}")
-        self.model, self.optimizer = model, optimizer
+        check_options(
+            capacity=capacity, update_ratio_every=update_ratio_every, on_nonfinite=on_nonfinite
+        )
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.on_nonfinite, self.update_ratio_every = on_nonfinite, update_ratio_every
-        self._named = dict(model.named_parameters())
-        self._recorder = Recorder(list(self._named), capacity)
-        self._record_activations = activations
-        self._largest: dict[str, float] = {}
-        self._pending: tuple[np.ndarray, np.ndarray, float] | None = None
+        self._inner = _unwrapped(model)
+        self._named = dict(self._inner.named_parameters())
+        self._leaves = {
+            _clean(name): module
+            for name, module in self._inner.named_modules()
+            if activations and not any(module.children())
+        }
+        self._recorder = Recorder(
+            [_clean(name) for name in self._named],
+            capacity,
+            list(self._leaves) if activations else None,
+        )
+        self._outlet = Outlet(save_to, save_every)
+        self._largest: dict[int, torch.Tensor] = {}  # by module
+        self._clips = 0
+        self._pending: _Seen | None = None  # what clip_ saw
+        self._closed: _Seen | None = None  # what the closure's evaluations left
+        self._undo: Callable[[], None] | None = None
         self._held_back: dict[nn.Parameter, torch.Tensor] = {}
         self._before: list[torch.Tensor] | None = None
-        self._handles: list = []
+        self._attached: ExitStack | None = None
 
     # -- attaching -----------------------------------------------------------------------------
 
     def __enter__(self) -> GradientProbe:
-        if self._handles:
+        if self._attached:
             raise RuntimeError("this probe is already attached; leave its `with` block first")
-        self._handles = [
+        self._attached = ExitStack()
+        for handle in (
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
-        ]
-        if self._record_activations:
-            self._handles += [
-                module.register_forward_hook(self._watch_output(name))
-                for name, module in self.model.named_modules()
-                if not any(module.children())
-            ]
+            *(
+                module.register_forward_hook(self._watch_output(i))
+                for i, module in enumerate(self._leaves.values())
+            ),
+        ):
+            self._attached.callback(handle.remove)
+        if self.scaler is not None:
+            self._watch_scaler(self._attached)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._attached.close()
+        self._attached = None
         self._give_back()  # where the step itself raised, this is still to be done
-        self._pending = self._before = None
+        self._pending = self._closed = self._undo = self._before = None
+        self._largest.clear()
+        if self._recorder.count:
+            self._outlet.save(self._history)
 
-    def _watch_output(self, name: str):
+    def _watch_output(self, place: int):
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel():
-                self._largest[name] = output.detach().abs().max().item()
+            if not torch.is_grad_enabled():
+                return  # an evaluation
+            for tensor in _float_tensors(output):
+                low, high = torch.aminmax(tensor.abs() if tensor.is_complex() else tensor)
+                largest = torch.maximum(-low, high)  # both hand a NaN on
+                if place in self._largest:
+                    largest = torch.maximum(largest, self._largest[place])
+                self._largest[place] = largest
 
         return hook
+
+    def _watch_scaler(self, attached: ExitStack) -> None:
+        """Hear of the steps that the scaler leaves out: the optimiser's hooks do not."""
+        own, step = vars(self.scaler).get("step"), self.scaler.step
+
+        def watched(optimizer: torch.optim.Optimizer, *args: object, **kwargs: object):
+            before = self._recorder.count
+            result = step(optimizer, *args, **kwargs)
+            if optimizer is self.optimizer and self._recorder.count == before:
+                self._record(self._look(), skipped=True)
+                self._publish()
+            return result
+
+        self.scaler.step = watched
+        if own is None:
+            attached.callback(delattr, self.scaler, "step")
+        else:  # another probe's
+            attached.callback(setattr, self.scaler, "step", own)
 
     # -- what was seen -------------------------------------------------------------------------
 
     @property
     def history(self) -> GradientHistory:
         """What has been recorded so far."""
-        return self._recorder.history()
+        return self._history()
+
+    def _history(self, since: int = 0) -> GradientHistory:
+        clips, count = self._clips, self._recorder.count
+        seen = "gradients as step() found them, after any clipping by the loop"
+        if clips:
+            seen = "gradients before the probe's clip_"
+            if clips < count:
+                seen += f" at {clips} of {count} steps, as step() found them at the others"
+        self._recorder.seen = seen + (", divided by the loss scale" if self.scaler else "")
+        return self._recorder.history(since)
 
     def save(self, path: str | Path) -> Path:
         """Write the history to an .npz file; see `GradientHistory.save`."""
         return self.history.save(path)
 
+    def log_to(self, writer: object, every: int = 1) -> GradientProbe:
+        """Send every `every`-th step's numbers to a writer as well.
+
+        Args:
+            writer: TensorBoard's SummaryWriter, or anything with `add_scalar(tag, value, step)`.
+                Tags are `grad_norm/<parameter>`, `grad_norm/total`, `grad_norm/clipped_total` and,
+                where measured, `update_ratio/<parameter>`.
+            every: ≥ 1.
+
+        Returns:
+            The probe itself.
+        """
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(
+                f"a writer has a method add_scalar(tag, value, step), got {type(writer).__name__}"
+            )
+        self._outlet.log_to(writer.add_scalar, every)
+        return self
+
     # -- at each step --------------------------------------------------------------------------
 
-    def _measure(self) -> tuple[np.ndarray, np.ndarray]:
-        """Norms (parameters,), and which parameters have a gradient."""
-        parameters = self._named.values()
-        present = np.array([p.grad is not None for p in parameters], dtype=bool)
-        norms = np.full(len(present), np.nan)
-        norms[present] = gradient_norms(p.grad for p in parameters if p.grad is not None)
-        return norms, present
+    def _measure(self) -> _Seen:
+        gradients = [p.grad for p in self._named.values()]
+        present = np.array([g is not None for g in gradients], dtype=bool)
+        if present.all():
+            norms = here = gradient_norms(gradients)
+        else:
+            norms = np.full(len(present), np.nan)
+            here = norms[present] = gradient_norms(g for g in gradients if g is not None)
+        # An optimiser that undoes the loss scale itself, as fused ones do, is told it this way.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:
+            norms /= float(scale)
+            here = norms[present]
+        total = total_norm(here)
+        return _Seen(norms, present, total, total)
+
+    def _look(self) -> _Seen:
+        """What `clip_` saw just now, or what is there."""
+        if self._pending is None:
+            return self._measure()
+        seen, self._pending = self._pending, None
+        self._clips += 1
+        return seen
 
     def clip_(self, max_norm: float) -> float:
         """Scale the gradients to a total norm of at most `max_norm`, and record both norms.
 
         Call it where `torch.nn.utils.clip_grad_norm_` would stand.  Gradients that hold an inf or
         NaN are left as they are, for `on_nonfinite` to deal with: scaling would spread the NaN.
+        With a `scaler`, they are unscaled first, if `scaler.unscale_` has not done so.
 
         Args:
             max_norm: > 0.
@@ -198,51 +375,111 @@ class GradientProbe:
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm!r}")
-        norms, present = self._measure()
-        total = total_norm(norms[present])
-        if np.isfinite(total) and total > max_norm:
+        scaler = self.scaler
+        if (
+            scaler is not None
+            and scaler.is_enabled()
+            and scaler._per_optimizer_states[id(self.optimizer)]["stage"] is OptState.READY
+        ):
+            scaler.unscale_(self.optimizer)
+        seen = self._measure()
+        if not seen.bad and seen.total > max_norm:
             gradients = [p.grad for p in self._named.values() if p.grad is not None]
             # A sparse gradient's rows may repeat; scaling each scales their sum.
             gradients = [g._values() if g.is_sparse else g for g in gradients]
             with torch.no_grad():
-                torch._foreach_mul_(gradients, max_norm / total)
-        self._pending = (norms, present, min(total, max_norm) if np.isfinite(total) else total)
-        return total
+                torch._foreach_mul_(gradients, max_norm / seen.total)
+            seen = seen._replace(clipped_total=max_norm)
+        self._pending = seen
+        return seen.total
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._pending is None:
-            norms, present = self._measure()
-            clipped_total = total_norm(norms[present])
-        else:
-            norms, present, clipped_total = self._pending
-            self._pending = None
-        bad = present & ~np.isfinite(norms)
-        act = bool(bad.any()) and self.on_nonfinite != "record"
-        if act and self.on_nonfinite == "skip":
-            # An optimiser leaves a parameter without a gradient alone, its state too.
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if parameter.grad is not None:
-                    self._held_back[parameter] = parameter.grad
-                    parameter.grad = None
-        if (
-            self.update_ratio_every
-            and self._recorder.count % self.update_ratio_every == 0
-            and not act
-        ):
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict):
+        every = self.update_ratio_every
+        self._closed = self._undo = self._before = None
+        if every and self._recorder.count % every == 0:
             self._before = [p.detach().clone() for p in self._named.values()]
-        step = self._recorder.count
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            closure = self._watched(closure)
+            if len(args) > 1:
+                return (args[0], closure, *args[2:]), kwargs
+            return args, {**kwargs, "closure": closure}
+        seen = self._look()
+        act = seen.bad and self.on_nonfinite != "record"
+        # A fused optimiser that is told of an inf leaves the step out itself.
+        left_out = bool(getattr(optimizer, "found_inf", 0))
+        self._record(seen, skipped=act or left_out)
+        if act and self.on_nonfinite == "raise" and not left_out:
+            self._raise(seen)
+        if act:
+            self._hide()
+        return None
+
+    def _watched(self, closure: Callable[[], object]) -> Callable[[], object]:
+        """The closure, with a look at the gradients after each evaluation."""
+        undo = None if self.on_nonfinite == "record" else self._way_back()
+
+        def evaluate() -> object:
+            loss = closure()
+            seen = self._look()
+            if self._closed is None or not self._closed.bad:
+                self._closed = seen
+            if seen.bad and undo is not None:
+                self._undo = undo
+                if self.on_nonfinite == "raise":
+                    undo()
+                    self._record(seen, skipped=True)
+                    self._raise(seen)
+                self._hide()
+            return loss
+
+        return evaluate
+
+    def _way_back(self) -> Callable[[], None]:
+        """How to undo a step that moves the weights before it meets a bad gradient."""
+        optimizer = self.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        state = {p: copy.deepcopy(value) for p, value in optimizer.state.items()}
+
+        def undo() -> None:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, before)
+            optimizer.state.clear()
+            optimizer.state.update(state)
+
+        return undo
+
+    def _record(self, seen: _Seen, *, skipped: bool) -> None:
+        activations = np.nan
+        if self._largest:
+            activations = np.full(len(self._leaves), np.nan)
+            activations[list(self._largest)] = _read(self._largest.values())
+            self._largest.clear()
         self._recorder.add(
-            norms,
-            present,
-            clipped_total=clipped_total,
-            skipped=act,
-            activations=self._largest or None,
+            seen.norms,
+            seen.present,
+            clipped_total=seen.clipped_total,
+            skipped=skipped,
+            activations=activations,
         )
-        if act and self.on_nonfinite == "raise":
-            name = list(self._named)[int(np.argmax(bad))]
-            owner = name.rpartition(".")[0]
-            kind = type(self.model.get_submodule(owner)).__name__
-            raise NonFiniteGradientError(step, name, f"{owner or 'model'}: {kind}")
+        if skipped:
+            self._before = None
+
+    def _raise(self, seen: _Seen) -> None:
+        self._publish()
+        raw = list(self._named)[int(np.argmax(seen.present & ~np.isfinite(seen.norms)))]
+        owner = raw.rpartition(".")[0]
+        kind = type(self._inner.get_submodule(owner)).__name__
+        owner = _clean(owner) or "model"
+        raise NonFiniteGradientError(self._recorder.count - 1, _clean(raw), f"{owner}: {kind}")
+
+    def _hide(self) -> None:
+        """Skip: an optimiser leaves a parameter without a gradient alone, its state too."""
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                self._held_back[parameter] = parameter.grad
+                parameter.grad = None
 
     def _give_back(self) -> None:
         """Gradients that were hidden from the optimiser stand in `.grad` again."""
@@ -251,6 +488,11 @@ class GradientProbe:
         self._held_back.clear()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._closed is not None:
+            if self._undo is not None:
+                self._undo()
+            self._record(self._closed, skipped=self._undo is not None)
+            self._closed = self._undo = None
         self._give_back()
         if self._before is not None:
             now = [p.detach() for p in self._named.values()]
@@ -259,3 +501,8 @@ class GradientProbe:
             ratios = np.divide(moved, size, out=np.full_like(moved, np.nan), where=size > 0)
             self._recorder.set_update_ratios(ratios)
             self._before = None
+        self._publish()
+
+    def _publish(self) -> None:
+        if self._outlet.used:
+            self._outlet.publish(self._recorder.count, self._history)
