@@ -747,6 +747,44 @@ def transformer(blocks: int = 4, width: int = 32, mask: bool = False) -> Step:
     return Step(model, cross_entropy, batch, keras.optimizers.Adam(1e-3))
 
 
+def decoder(deviation: float = 0.02, eps: float = 1e-6, width: int = 64, length: int = 16) -> Step:
+    """As GPT begins: small embeddings, so that its normalisations divide by next to nothing."""
+    begin = keras.initializers.RandomNormal(stddev=deviation, seed=0)
+    tokens_ = keras.Input((length,), dtype="int32")
+    x = L.Embedding(100, width, embeddings_initializer=begin)(tokens_)
+    for _ in range(3):
+        z = L.LayerNormalization(epsilon=eps)(x)
+        attend = L.MultiHeadAttention(4, width // 4, kernel_initializer=begin)
+        x = x + attend(z, z, use_causal_mask=True)
+        z = L.LayerNormalization(epsilon=eps)(x)
+        z = L.Dense(4 * width, activation="gelu", kernel_initializer=begin)(z)
+        x = x + L.Dense(width, kernel_initializer=begin)(z)
+    model = keras.Model(tokens_, L.Dense(100)(L.LayerNormalization(epsilon=eps)(x)))
+
+    def loss_fn(m, b):
+        each = tf.nn.sparse_softmax_cross_entropy_with_logits(b[:, 1:], m(b[:, :-1]))
+        return tf.reduce_sum(each)
+
+    batch = rng().integers(0, 100, (8, length + 1))
+    return Step(model, loss_fn, batch, keras.optimizers.Adam(1e-3))
+
+
+def augmented() -> Step:
+    model = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            L.RandomFlip(),
+            L.RandomRotation(0.1),
+            L.Conv2D(8, 3),
+            L.BatchNormalization(),
+            L.GlobalAveragePooling2D(),
+            dense(10),
+        ]
+    )
+    batch = 0.01 * normal(8, 32, 32, 3), labels(8, 10)
+    return Step(model, cross_entropy, batch, sgd(0.01))
+
+
 def resnet(blocks: int = 4, channels: int = 16, side: int = 16, n: int = 16) -> Step:
     image = keras.Input((side, side, 3))
     x = L.Conv2D(channels, 3, padding="same")(image)
@@ -871,7 +909,9 @@ HEALTHY = {
     "bidirectional": lambda: sequence(lambda n: L.Bidirectional(L.LSTM(n)), steps=20),
     "transformer": transformer,
     "causal transformer": lambda: transformer(2, mask=True),
+    "decoder, loss summed": decoder,
     "residual convolutions": resnet,
+    "augmented images, batch norm": augmented,
     "30 ReLU layers, He": lambda: plain(1.0, depth=30),
     "Adam on digits": digits,
     "Adam on digits, later": lambda: trained(digits(), 30),

@@ -351,6 +351,15 @@ def test_a_slope_of_the_users_own():
     assert "return tf.identity(x)" in diagnosis.measurements.backward.place.source
 
 
+def test_weights_that_are_already_lost():
+    step = clinic.two_layers(0.1)
+    step.model.layers[0].bias.assign(np.full(32, np.nan))
+    diagnosis = told(step)
+    assert diagnosis.kind == "bad input"
+    assert diagnosis.where == step.model.layers[0].bias.path
+    assert diagnosis.measurements.forward is None
+
+
 def test_place_inside_nested_layers():
     class Root(keras.layers.Layer):
         def call(self, x):

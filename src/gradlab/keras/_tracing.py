@@ -299,6 +299,9 @@ class Trace:
             op = makers[id(tensor)]
             path.append(op)
             bad = [t for t in op.inputs if _floating(t) and not finite(t)]
+            if any(t.dtype == tf.resource for t in op.inputs):
+                path.pop()  # a variable that was not finite before
+                break
             if not bad:
                 return self._forward(op)
             tensor = next(filter(_holds_nan, bad), bad[0])
@@ -401,7 +404,7 @@ class Trace:
         origin = self._origins()
         behind = {id(self.loss): 0}  # uses of weights between a tensor and the loss
         users: dict[int, int] = {}
-        uses, gains = [], []
+        uses, path = [], []
         for op in reversed(self.ops):
             depths = [behind[id(t)] for t in op.outputs if id(t) in behind]
             arriving = next((s for s in map(self.signal, op.outputs) if s is not None), None)
@@ -423,8 +426,7 @@ class Trace:
                 if arriving is not None:
                     index = min(origin[id(weight)])
                     uses.append((index, depth, norm(arriving), norm(op.outputs[0])))
-            elif not weights and arriving is not None:
-                gains.append(op)
+            path.append((op, weights))
             for t in op.inputs:
                 users[id(t)] = users.get(id(t), 0) + 1
                 if _floating(t) and depth > behind.get(id(t), -1):
@@ -432,9 +434,18 @@ class Trace:
         named = [(self.variables[index], *rest) for index, *rest in reversed(uses)]
         layers = tuple(LayerUse(self.owners.get(id(v), ""), v.path, *rest) for v, *rest in named)
         bad = any(not finite(g) for g in self.gradients)
-        return layers, None if bad else self._jump(gains, origin, users)
+        return layers, None if bad else self._jump(path, origin, users)
 
-    def _jump(self, ops: list[Op], origin: dict, users: dict[int, int]) -> Jump | None:
+    def _jump(self, path: list, origin: dict, users: dict[int, int]) -> Jump | None:
+        """The largest gain, counting no more of it than is left at the weights behind.
+
+        A normalisation, for one, is made of operations that magnify and others that undo it.
+
+        Args:
+            path: operations and their weights, from the loss backwards.
+            origin: of every tensor.
+            users: how many operations take a tensor.
+        """
         sizes: dict[int, float] = {}
 
         def size(t: Any) -> float:
@@ -450,9 +461,20 @@ class Trace:
             arriving = float(np.hypot.reduce([0.0, *(size(t) for t in op.outputs)]))
             return max(slopes, default=0.0) / arriving if arriving else 0.0
 
-        ranked = [(gain(op, [size(op.inputs[i]) for i in flowing(op)]), op) for op in ops]
+        largest, left, candidates = 0.0, 0.0, []
+        for op, weights in path:
+            largest = max(largest, *map(size, op.outputs))
+            candidates.append((op, weights, largest))
+        ranked = []
+        for op, weights, reached in reversed(candidates):
+            if weights:
+                left = max(left, *map(size, weights), *map(size, op.outputs))
+            elif reached > 0:
+                lasting = left / reached
+                ranked.append((gain(op, [size(op.inputs[i]) for i in flowing(op)]), lasting, op))
+        ranked = [(min(factor, lasting), lasting, op) for factor, lasting, op in ranked]
         best: tuple[float, Op | None, list] = (0.0, None, [])
-        for factor, op in sorted(ranked, key=lambda pair: -pair[0])[:_REPLAYS]:
+        for factor, lasting, op in sorted(ranked, key=lambda entry: -entry[0])[:_REPLAYS]:
             if factor <= best[0]:
                 break
             slopes = [self.signal(t) for t in op.inputs]
@@ -465,7 +487,7 @@ class Trace:
                 if made is None:
                     continue
                 slopes = [made[i] if i in flowing(op) else None for i in range(len(op.inputs))]
-                factor = gain(op, [norm(g) for g in slopes if g is not None])
+                factor = min(lasting, gain(op, [norm(g) for g in slopes if g is not None]))
             if factor > best[0]:
                 best = factor, op, slopes
         factor, op, slopes = best
