@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -314,6 +315,17 @@ def test_every_remedy_has_a_text_and_a_chapter():
     source = Path(diagnosis.__file__).read_text(encoding="utf-8")
     named = set(re.findall(r'"([a-z ]+)"', source)) | {"bad batch", "bad parameter", "bad buffer"}
     assert set(REMEDIES) <= named
+
+
+def test_a_remedy_names_a_chapter_that_exists():
+    from gradlab.remedies import REMEDIES
+
+    book = Path(__file__).resolve().parent.parent / "notebooks"
+    titles = {
+        "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0]
+        for path in book.glob("*.ipynb")
+    }
+    assert {f"# {remedy.chapter}" for remedy in REMEDIES.values()} <= titles
 
 
 def test_a_card_escapes_what_the_model_says():

@@ -99,7 +99,7 @@ class Diagnosis:
                 lines += [fill(f"Also {finding.kind}, {finding.where}.", "")]
             lines += [fill(finding.evidence)]
             lines += [f"  > {finding.source}"] * bool(finding.source)
-            lines += [fill(f"What to do: {finding.remedy} (Chapter: {finding.chapter}.)")]
+            lines += [fill(f"What to do: {finding.remedy} (Chapter: {finding.chapter})")]
         lines += [fill(f"In order: {' '.join(self.checks)}")] * bool(self.checks)
         lines += [fill(f"Not measured: {note}") for note in self.notes]
         return "\n".join(lines)
@@ -117,7 +117,7 @@ class Diagnosis:
             parts += [f"<pre>{text(finding.source)}</pre>"] * bool(finding.source)
             parts += [
                 f"<p><strong>What to do.</strong> {text(finding.remedy)} "
-                f"<em>Chapter: {text(finding.chapter)}.</em></p>"
+                f"<em>Chapter: {text(finding.chapter)}</em></p>"
             ]
         if self.checks:
             parts += [f"<p><strong>In order.</strong> {text(' '.join(self.checks))}</p>"]

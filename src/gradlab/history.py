@@ -244,8 +244,11 @@ class Recorder:
             self._ratios[row] = np.nan
         if self._activations is not None:
             self._activations[row] = activations
-        if self.first_nonfinite is None and (bad := present & ~np.isfinite(norms)).any():
-            self.first_nonfinite = NonFinite(self.count, self.names[int(np.argmax(bad))])
+        if self.first_nonfinite is None:
+            bad = ~np.isfinite(norms)
+            # Counted, and looked at closely only then: `any` takes longer than all the rest here.
+            if np.count_nonzero(bad) and (bad & present).any():
+                self.first_nonfinite = NonFinite(self.count, self.names[np.argmax(bad & present)])
         self.count += 1
 
     def set_update_ratios(self, ratios: np.ndarray) -> None:

@@ -83,6 +83,8 @@ def heatmap(
         raise ValueError(f"norms must be (steps, layers), got shape {norms.shape}")
     if names is not None and len(names) != norms.shape[1]:
         raise ValueError(f"{len(names)} names for {norms.shape[1]} layers")
+    from matplotlib.ticker import MaxNLocator
+
     first, last = (0, len(norms) - 1) if steps is None else (steps[0], steps[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
         decades = np.log10(norms.T)  # (layers, steps)
@@ -99,7 +101,7 @@ def heatmap(
         absent = np.ma.masked_where(np.transpose(present), np.zeros(drawn.shape))
         axis.imshow(absent, cmap=ListedColormap(["white"]), **place)
     axis.grid(False)
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axis.set_xlabel("step")
     axis.set_ylabel("layer")
     if names is not None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Remedy(NamedTuple):
-    """What to do, in the imperative, and the chapter that tests it."""
+    """What to do, in the imperative, and the title of the chapter that shows it."""
 
     text: str
     chapter: str
@@ -16,112 +16,112 @@ REMEDIES = {
     "bad batch": Remedy(
         "Find the sample and fix what produced it; assert np.isfinite(batch).all() where batches "
         "are made. Standardise features. Clipping would only hide it.",
-        "Causes",
+        "Why does it explode?",
     ),
     "bad index": Remedy(
         "Compare the labels or token numbers with the size of the last layer or of the embedding "
         "table; count from 0, and name the padding value as ignore_index or as a mask.",
-        "Diagnosis",
+        "Why did it blow up?",
     ),
     "bad shape": Remedy(
         "The step does not run at all: mend this before anything else.",
-        "Diagnosis",
+        "Why did it blow up?",
     ),
     "bad parameter": Remedy(
         "An earlier step wrote this. Go back to a checkpoint from before, its optimiser state "
         "included, and run diagnose on the step that comes next. Let GradientProbe skip or raise "
         "(on_nonfinite) so that it cannot be written again.",
-        "What happens then",
+        "What does a huge gradient do?",
     ),
     "bad buffer": Remedy(
         "A bad batch went into the running statistics, which never forget it. Restore them from a "
         "checkpoint or reset them, and find that batch.",
-        "What happens then",
+        "What does a huge gradient do?",
     ),
     "pole": Remedy(
         "Keep the input away from the singular point, inside the operation: sqrt(x + eps), "
         "x / (norm + eps), log(x.clamp(min=eps)), or a fused form (log_softmax, logsumexp, "
         "cross-entropy from logits). Clipping the gradient cannot help: NaN times anything is NaN.",
-        "Diagnosis",
+        "Why did it blow up?",
     ),
     "masked branch": Remedy(
         "A branch that `where` throws away still has a gradient, and 0 × inf is NaN. Make its "
         "input safe first: where(ok, f(where(ok, x, 1)), other).",
-        "Diagnosis",
+        "Why did it blow up?",
     ),
     "empty statistic": Remedy(
         "The statistic has nothing, or a single value, to be taken over. Drop the batch, or divide "
         "by max(count, 1); drop_last=True for batch normalisation.",
-        "Diagnosis",
+        "Why did it blow up?",
     ),
     "near pole": Remedy(
         "The input is next to a singular point of this operation. Add an epsilon of the size of "
         "your data's noise inside it, or stop the gradient there.",
-        "Diagnosis",
+        "Why did it blow up?",
     ),
     "depth": Remedy(
         "Lower the gain of the initial weights to the critical one (He for ReLU: variance "
         "2/fan-in), or normalise each layer, or scale the residual branches. A smaller learning "
         "rate or another optimiser leaves the growth as it is.",
-        "Initialisation and normalisation",
+        "What explodes?",
     ),
     "time": Remedy(
         "The same weights act at every time step: initialise them orthogonally or with a smaller "
         "spectral radius, use a gated cell (LSTM, GRU), clip the gradient's norm, or truncate "
         "backpropagation.",
-        "Recurrent networks",
+        "What explodes?",
     ),
     "one layer": Remedy(
         "One layer alone multiplies the signal. Look at its weights: their scale is not that of "
         "the others.",
-        "Initialisation and normalisation",
+        "What explodes?",
     ),
     "overflow": Remedy(
         "The numbers are too large for the format, not wrong: keep this operation in float32 or "
         "bfloat16, or scale before you multiply and not after. Dynamic loss scaling helps when it "
         "is the gradient that does not fit.",
-        "Mixed precision",
+        "Why did it blow up?",
     ),
     "norm": Remedy(
         "Every gradient is a number, only their norm is not, so clipping by norm sets them to 0 or "
         "NaN without a word. Clip with the probe's clip_, which scales before it squares, and ask "
         "why they are that large.",
-        "Clipping",
+        "What does a huge gradient do?",
     ),
     "underflow": Remedy(
         "Gradients are too small for the format. Scale the loss up before the backward pass and "
         "the gradients down after it (GradScaler, LossScaleOptimizer), or use bfloat16.",
-        "Mixed precision",
+        "Why did it blow up?",
     ),
     "cancellation": Remedy(
         "Digits are lost: look for differences of large, nearly equal numbers, and rewrite them "
         "(expm1, log1p, a mean subtracted first), or keep that part in float64.",
-        "Mixed precision",
+        "Why did it blow up?",
     ),
     "step size": Remedy(
         "Lower the learning rate to half the limit or less, or reach it by a warm-up; clipping "
         "the norm also bounds the step. Half the initial gain would not help.",
-        "Optimisers",
+        "Why does it explode?",
     ),
     "summed loss": Remedy(
         "The loss adds up over the batch, so the step grows with the batch. Average it, or divide "
         "the learning rate by the batch size.",
-        "Optimisers",
+        "Why does it explode?",
     ),
     "vanishing": Remedy(
         "Use the critical gain for the activation, a non-saturating activation, residual "
         "connections or normalisation. Clipping and a larger learning rate do not reach the first "
         "layers.",
-        "Initialisation and normalisation",
+        "What explodes?",
     ),
     "detached": Remedy(
         "Look for detach(), stop_gradient, no_grad, .item() or NumPy between the parameters and "
         "the loss, and for parameters that are all frozen.",
-        "Diagnosis",
+        "Why did it blow up?",
     ),
     "dead": Remedy(
         "No gradient passes here at all: look for activations that are all off (dead ReLU), "
         "weights that are all 0, a saturated loss on probabilities (use logits), or a detach().",
-        "Leaky ReLU and dropout",
+        "What explodes?",
     ),
 }

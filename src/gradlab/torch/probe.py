@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ _TINY = 1e-15
 # One running float32 sum over more numbers than _LARGE loses the fourth digit, pieces do not.
 _LARGE, _PIECE = 1 << 22, 1 << 18
 _PLAIN = (torch.float32, torch.float64)
+_PLAIN_KINDS = {(dtype, torch.strided) for dtype in _PLAIN}
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
@@ -53,16 +55,18 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.dtype in _PLAIN else gradient.float()
 
 
-def _read(scalars: Iterable[torch.Tensor]) -> np.ndarray:
-    """Numbers that lie on the model's devices, float64; the only place that waits for them."""
+def _read(scalars: Iterable[torch.Tensor]) -> list[float]:
+    """Numbers that lie on the model's devices; the only place that waits for them."""
     scalars = list(scalars)
+    if type(scalars[0]) is torch.Tensor and scalars[0].is_cpu:
+        return [s.item() for s in scalars]  # nothing to wait for, and half the time
     try:
         stacked = torch.stack(scalars)
     except RuntimeError:  # a model that is spread over devices
-        stacked = torch.stack([s.cpu() for s in scalars])
+        return [s.item() for s in scalars]
     if hasattr(stacked, "full_tensor"):  # a DTensor: each process holds a part of the sum
         stacked = stacked.full_tensor()
-    return stacked.cpu().double().numpy()
+    return stacked.tolist()
 
 
 def _exact_norm(gradient: torch.Tensor) -> float:
@@ -87,28 +91,26 @@ def gradient_norms(gradients: Iterable[torch.Tensor]) -> np.ndarray:
     Returns:
         (gradients,), float64; NaN or inf only where a gradient itself holds one.
     """
-    dense = [_dense(g.detach()) for g in gradients]
+    dense = list(gradients)
     if not dense:
         return np.zeros(0)
-    starts, pieces = range(len(dense)), dense
-    if max(g.numel() for g in dense) > _LARGE:
-        cut = [g.flatten().split(_PIECE) if g.numel() > _LARGE else (g,) for g in dense]
-        starts = np.cumsum([0] + [len(c) for c in cut[:-1]])
-        pieces = [piece for c in cut for piece in c]
-    norms = _read(torch._foreach_norm(pieces))
-    if pieces is not dense:
-        with np.errstate(over="ignore"):  # seen as inf below, and looked at again
-            norms = np.sqrt(np.add.reduceat(norms**2, starts))
-    if not (norms.min() > _TINY and norms.max() < np.inf):
-        for i in np.flatnonzero(~(norms > _TINY) | ~np.isfinite(norms)):
-            norms[i] = _exact_norm(dense[i])
-    return norms
+    # This runs at every step: the usual case costs as few calls as possible.
+    if not {(g.dtype, g.layout) for g in dense} <= _PLAIN_KINDS:
+        dense = [_dense(g.detach()) for g in dense]
+    if max([g.numel() for g in dense]) <= _LARGE:
+        norms = _read(torch._foreach_norm(dense))
+    else:
+        pieces = [g.flatten().split(_PIECE) if g.numel() > _LARGE else (g,) for g in dense]
+        parts = iter(_read(torch._foreach_norm([part for cut in pieces for part in cut])))
+        norms = [math.hypot(*islice(parts, len(cut))) for cut in pieces]
+    for i in [i for i, norm in enumerate(norms) if not _TINY < norm < math.inf]:
+        norms[i] = _exact_norm(dense[i])
+    return np.array(norms)
 
 
 def total_norm(norms: np.ndarray) -> float:
     """√Σ norm², without overflow for norms up to the largest float64."""
-    m = float(norms.max(initial=0))
-    return m * math.sqrt(np.square(norms / m).sum()) if 0 < m < math.inf else m
+    return math.hypot(*norms.tolist())
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -226,6 +228,7 @@ class GradientProbe:
             list(self._leaves) if activations else None,
         )
         self._outlet = Outlet(save_to, save_every)
+        self._all = np.ones(len(self._named), dtype=bool)
         self._largest: dict[int, torch.Tensor] = {}  # by module
         self._clips = 0
         self._pending: _Seen | None = None  # what clip_ saw
@@ -338,10 +341,13 @@ class GradientProbe:
 
     def _measure(self) -> _Seen:
         gradients = [p.grad for p in self._named.values()]
-        present = np.array([g is not None for g in gradients], dtype=bool)
-        if present.all():
+        missing = [i for i, g in enumerate(gradients) if g is None]
+        present = self._all
+        if not missing:
             norms = here = gradient_norms(gradients)
         else:
+            present = present.copy()
+            present[missing] = False
             norms = np.full(len(present), np.nan)
             here = norms[present] = gradient_norms(g for g in gradients if g is not None)
         # An optimiser that undoes the loss scale itself, as fused ones do, is told it this way.
