@@ -15,9 +15,9 @@ Product = Callable[[np.ndarray], np.ndarray]
 
 
 def flat(tensors: Sequence[tf.Tensor]) -> np.ndarray:
-    """All elements in one vector, in float64 unless that would take too much memory."""
+    """All elements in one vector, in float64 unless that would take long."""
     size = sum(int(tf.size(t)) for t in tensors)
-    kind = np.float64 if size < 2**21 else np.float32
+    kind = np.float64 if size < 2**16 else np.float32
     return np.concatenate([np.ravel(t.numpy()).astype(kind) for t in tensors])
 
 
@@ -106,7 +106,7 @@ def largest_eigenvalue(
         diagonal.append(float(image @ basis[-1]))
         if not np.isfinite(image).all():
             raise FloatingPointError("a product with the Hessian is not finite")
-        for q in (*basis, *basis):  # twice is enough
+        for q in (*basis, basis[-1]):
             image = image - (image @ q) * q
         ritz, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
         rest = float(np.linalg.norm(image))

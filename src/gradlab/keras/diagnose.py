@@ -25,7 +25,6 @@ from gradlab.measurements import (
     OptimizerFacts,
     Raised,
     TensorFacts,
-    Trial,
 )
 
 _NARROW = (tf.float32, tf.float16, tf.bfloat16)
@@ -109,7 +108,7 @@ def measure(
             "dtype": variables[0].dtype if variables else keras.config.floatx(),
             "loss": math.nan,
         }
-        with noted("the batch and the parameters could not be read"):
+        with noted("The batch and the parameters could not be read"):
             result["tensors"] = tuple(_tensors(model, batch))
         trace = Trace(model, batch)
         drawn = _random_states()
@@ -122,7 +121,7 @@ def measure(
         trace.random |= drawn != _random_states()
         result["loss"] = float(trace.loss)
         if not math.isfinite(result["loss"]):
-            with noted("where the loss stopped being finite is not known"):
+            with noted("Where the loss stopped being finite is not known"):
                 result["forward"] = trace.forward_event()
         try:
             trace.differentiate()
@@ -404,11 +403,16 @@ def _curvature(
             return None
         scale = np.concatenate([np.ravel(d) for d in found]) ** -0.5
     product, slopes = hessian_product(step, [v.value for v in variables])
-    gradient = flat(slopes) * scale
-    size = np.linalg.norm(gradient)
-    start = np.random.default_rng(0).standard_normal(gradient.size) / math.sqrt(gradient.size)
-    if size > 0 and gradient.size > 1:
-        start = start + gradient / size
+    gradient = flat(slopes)
+    if isinstance(scale, np.ndarray):
+        scale = scale.astype(gradient.dtype)
+    gradient = gradient * scale
+    start = np.random.default_rng(0).standard_normal(gradient.size, np.float32)
+    start = start.astype(gradient.dtype) / math.sqrt(gradient.size)
+    largest = np.max(np.abs(gradient), initial=0.0)
+    if largest > 0 and gradient.size > 1:
+        gradient = gradient / largest
+        start = start + gradient / np.linalg.norm(gradient)
     value, vector, settled = largest_eigenvalue(lambda v: product(v * scale) * scale, start)
     ends = np.cumsum([math.prod(v.shape) for v in variables])[:-1]
     shares = [float(part @ part) for part in np.split(vector, ends)]
@@ -439,4 +443,4 @@ def _summed(
     return closer[0] < closer[1]
 
 
-__all__ = ["Diagnosis", "Trial", "diagnose", "measure"]
+__all__ = ["Diagnosis", "diagnose", "measure"]
