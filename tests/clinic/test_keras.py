@@ -351,6 +351,24 @@ def test_a_slope_of_the_users_own():
     assert "return tf.identity(x)" in diagnosis.measurements.backward.place.source
 
 
+def test_a_branch_that_is_thrown_away_is_not_blamed():
+    def loss(z):
+        thrown, kept = tf.math.log(-1 - z**2), tf.asin(2 + z**2)
+        return tf.reduce_mean(tf.where(z < 1e9, kept, thrown))
+
+    event = told(clinic.on_output(loss)).measurements.forward
+    assert event.place.operation == "asin"
+
+
+def test_deliberate_infinities_are_not_blamed():
+    def loss(z):
+        scores = tf.where(tf.zeros_like(z, bool), z, -np.inf)
+        return tf.reduce_mean(tf.nn.softmax(scores) ** 2)
+
+    event = told(clinic.on_output(loss)).measurements.forward
+    assert (event.place.operation, event.made) == ("softmax", "nan")
+
+
 def test_weights_that_are_already_lost():
     step = clinic.two_layers(0.1)
     step.model.layers[0].bias.assign(np.full(32, np.nan))

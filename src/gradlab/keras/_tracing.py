@@ -110,6 +110,13 @@ def _holds_nan(tensor: Any) -> bool:
     return (sparse or _floating(tensor)) and bool(np.isnan(as_array(tensor)).any())
 
 
+def _reaches(tensor: tf.Tensor, out: tf.Tensor) -> bool:
+    """Whether an inf or NaN may have been passed on: not if it sits where the result is finite."""
+    if tensor.shape != out.shape:
+        return True
+    return bool(np.any(~np.isfinite(as_array(tensor)) & ~np.isfinite(as_array(out))))
+
+
 def source_line(frames: Iterator[tuple[str, int]]) -> tuple[str, int] | None:
     """The first of some (file, line) that is the user's own."""
     for file, line in frames:
@@ -304,7 +311,8 @@ class Trace:
                 break
             if not bad:
                 return self._forward(op)
-            tensor = next(filter(_holds_nan, bad), bad[0])
+            out = tensor
+            tensor = max(bad, key=lambda t, out=out: (_reaches(t, out), _holds_nan(t)))
         # An inf that the user put there, as in a mask: guilty is who made a NaN of it.
         for op in reversed(path):
             if any(map(_holds_nan, op.outputs)) and not any(map(_holds_nan, op.inputs)):
