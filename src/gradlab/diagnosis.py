@@ -349,10 +349,9 @@ def _events(m: Measurements) -> Iterator[Finding]:
         yield _finding("singularity", where, evidence + _cure(m), "masked branch", source)
     elif event.in_float64 is False or (event.in_float64 is None and event.made == "nan"):
         if event.in_float64 is False:
-            evidence += (
-                "On the same inputs it is not finite in float64 either: it is not a matter of "
-            )
-            evidence += "the number format."
+            evidence += "On the same inputs it is not finite in float64 either. "
+        if m.float64 is not None and m.float64.finite:
+            evidence += "In float64 the whole step is finite: something small became 0 on its way."
         yield _finding("singularity", where, evidence.strip(), "pole", source)
     elif not _explodes(m):
         evidence += f"On the same inputs in float64 it is finite: {m.dtype} is too small for the "

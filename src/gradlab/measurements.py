@@ -11,6 +11,9 @@ import linecache
 from dataclasses import dataclass, field
 from pathlib import Path
 
+TRIAL_STEPS = 10
+"""How many steps of the optimiser are tried."""
+
 
 def source_line(filename: str, number: int) -> str:
     """A line of a program, "train.py:12: y = x.sqrt()", or of a notebook, "cell line 3: …"."""
@@ -139,7 +142,9 @@ class Jump:
 
     Attributes:
         place: the operation.
-        factor: norm of the signal behind it over that before it.
+        factor: norm of the signal behind it over that before it, but no more than what is left of
+            that at the weights behind it: a normalisation magnifies in one operation and takes it
+            back in the next.
         linear: it multiplies by a constant, whatever the data (a loss scale, a temperature).
         at: the smallest magnitude among its inputs, at the element with the largest signal: next
             to 0 near a pole.
@@ -200,7 +205,7 @@ class Curvature:
         sharpness: the eigenvalue, of P^-½ H P^-½ if `preconditioned`.
         preconditioned: whether Adam's denominators P were taken into account.
         where: the parameter that carries most of the eigenvector.
-        converged: whether the iteration settled to 2 %.
+        converged: whether the iteration settled, to `lanczos.SETTLED`.
     """
 
     sharpness: float

@@ -1,4 +1,4 @@
-"""Largest eigenvalue of a loss's Hessian, by Lanczos iteration on Hessian-vector products."""
+"""Products of a loss's Hessian with vectors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-# Products with the Hessian at most, and the change of the largest Ritz value that ends the search.
-PRODUCTS = 10
-SETTLED = 0.02
-
-Product = Callable[[np.ndarray], np.ndarray]
+from gradlab.lanczos import Product
 
 
 def flat(tensors: Sequence[tf.Tensor]) -> np.ndarray:
@@ -79,42 +75,3 @@ def _by_difference(
         for variable, w in zip(variables, here, strict=True):
             variable.assign(w)
     return (ends[0] - ends[1]) / (2 * epsilon)
-
-
-def largest_eigenvalue(
-    product: Product, start: np.ndarray, products: int = PRODUCTS
-) -> tuple[float, np.ndarray, bool]:
-    """Lanczos iteration with full reorthogonalisation.
-
-    Args:
-        product: a symmetric map v ↦ Av, (n,) to (n,).
-        start: (n,), where to begin, not 0.
-        products: how often the map may be applied.
-
-    Returns:
-        The largest eigenvalue found, its vector (n,) of norm 1, and whether it settled to 2 %.
-
-    Raises:
-        FloatingPointError: the map gave an inf or NaN.
-    """
-    basis = [start / np.linalg.norm(start)]
-    diagonal: list[float] = []
-    beside: list[float] = []
-    before, settled = np.inf, False
-    while not settled and len(diagonal) < products:
-        image = product(basis[-1])
-        diagonal.append(float(image @ basis[-1]))
-        if not np.isfinite(image).all():
-            raise FloatingPointError("a product with the Hessian is not finite")
-        for q in (*basis, basis[-1]):
-            image = image - (image @ q) * q
-        ritz, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
-        rest = float(np.linalg.norm(image))
-        exhausted = rest <= 1e-6 * max(np.abs(ritz).max(), 1e-300) or len(basis) == start.size
-        settled = exhausted or abs(ritz[-1] - before) <= SETTLED * abs(ritz[-1])
-        before = ritz[-1]
-        if not settled and len(diagonal) < products:
-            beside.append(rest)
-            basis.append(image / rest)
-    vector = sum(c * q for c, q in zip(vectors[:, -1], basis, strict=True))
-    return float(ritz[-1]), vector, bool(settled)

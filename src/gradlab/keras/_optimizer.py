@@ -10,9 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradlab.keras._tracing import norm
-from gradlab.measurements import OptimizerFacts, Trial
-
-TRIAL_STEPS = 12
+from gradlab.measurements import TRIAL_STEPS, OptimizerFacts, Trial
 
 # Per class: its β₁, its β₂ where it corrects the bias, and where it keeps the squares (or sizes).
 _ADAM_LIKE = {

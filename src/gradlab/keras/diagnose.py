@@ -15,9 +15,10 @@ import tensorflow as tf
 
 from gradlab.diagnosis import Diagnosis, judge
 from gradlab.keras import _optimizer
-from gradlab.keras._curvature import flat, hessian_product, largest_eigenvalue
+from gradlab.keras._curvature import flat, hessian_product
 from gradlab.keras._state import float64, untouched, widen
 from gradlab.keras._tracing import Trace, finite, norm, source_line
+from gradlab.lanczos import largest_eigenvalue, start_near
 from gradlab.measurements import (
     Curvature,
     Float64,
@@ -406,13 +407,7 @@ def _curvature(
     gradient = flat(slopes)
     if isinstance(scale, np.ndarray):
         scale = scale.astype(gradient.dtype)
-    gradient = gradient * scale
-    start = np.random.default_rng(0).standard_normal(gradient.size, np.float32)
-    start = start.astype(gradient.dtype) / math.sqrt(gradient.size)
-    largest = np.max(np.abs(gradient), initial=0.0)
-    if largest > 0 and gradient.size > 1:
-        gradient = gradient / largest
-        start = start + gradient / np.linalg.norm(gradient)
+    start = start_near(gradient * scale)
     value, vector, settled = largest_eigenvalue(lambda v: product(v * scale) * scale, start)
     ends = np.cumsum([math.prod(v.shape) for v in variables])[:-1]
     shares = [float(part @ part) for part in np.split(vector, ends)]

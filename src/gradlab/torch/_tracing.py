@@ -393,16 +393,20 @@ class Trace(TorchFunctionMode):
             kept = [norms[id(s)] for s in self.calls[number].signals if s is not None]
             return float(np.hypot.reduce(kept)) if kept else 0.0
 
-        candidates = []
+        sizes = [norm(index) for index in range(len(self.calls))]
+        # The largest signal between an operation and the loss.
+        reached = np.maximum.accumulate(np.array(sizes[::-1] or [0.0]))[::-1]
+        candidates, left = [], 0.0  # left: the largest signal at the weights so far
         for index, call in enumerate(self.calls):
+            after = sizes[index]
             if any(id(tensor) in weights for tensor in call.inputs):
+                left = max(left, after)
                 continue
-            after = norm(index)
             sources = zip(call.makers, call.inputs, strict=True)
             makers = [maker for maker, t in sources if maker >= 0 and t.requires_grad]
-            before = max(map(norm, makers), default=0.0)
+            before = max((sizes[maker] for maker in makers), default=0.0)
             if after > 0 and before > 0:
-                candidates.append((before / after, index))
+                candidates.append((min(before / after, left / reached[index]), index))
         # A tensor may be used twice, and its signal then is not this operation's alone: check.
         best: Jump | None = None
         for rough, index in sorted(candidates, reverse=True)[:5]:
@@ -412,7 +416,7 @@ class Trace(TorchFunctionMode):
                 slopes = [s for s in self.replay(index) if s is not None]
             except Exception:
                 continue
-            factor = gradient_norms(slopes).max(initial=0.0) / norm(index)
+            factor = min(gradient_norms(slopes).max(initial=0.0) / sizes[index], rough)
             if best is None or factor > best.factor:
                 call = self.calls[index]
                 moving = sum(tensor.requires_grad for tensor in call.inputs)

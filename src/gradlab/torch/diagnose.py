@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from gradlab import diagnosis
 from gradlab.diagnosis import Diagnosis
+from gradlab.lanczos import largest_eigenvalue, start_near
 from gradlab.measurements import (
+    TRIAL_STEPS,
     Curvature,
     Float64,
     LayerUse,
@@ -26,15 +28,13 @@ from gradlab.measurements import (
     TensorFacts,
     Trial,
 )
-from gradlab.torch._curvature import hessian_product, largest_eigenvalue
+from gradlab.torch._curvature import flat, hessian_product
 from gradlab.torch._float64 import float64
 from gradlab.torch._state import spare_optimizer, untouched
 from gradlab.torch._tracing import Call, Trace, Weights, raised_at
 from gradlab.torch.probe import gradient_norms, total_norm
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
-
-TRIAL_STEPS = 10
 
 # Optimisers that divide by a running size of the gradient, and what they call that size.
 _ADAPTIVE = {
@@ -515,44 +515,26 @@ def _curvature(
         for p in g["params"]
     }
     coupled = not isinstance(optimizer, torch.optim.AdamW)
-    roots = [s.sqrt() for s in scales]
-
-    def gradient(graph: bool) -> list[torch.Tensor]:
-        loss = step.loss()
-        grads = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True)
-        grads = [
-            torch.zeros_like(p) if g is None else g for g, p in zip(grads, wanted, strict=True)
-        ]
-        return [g.to_dense() if g.is_sparse else g for g in grads]
-
+    root = np.sqrt(flat(scales))
+    added = flat([torch.full_like(p, decay[id(p)] if coupled else 0.0) for p in wanted])
     state = torch.get_rng_state()
 
-    def same_draws(graph: bool) -> list[torch.Tensor]:
-        torch.set_rng_state(state)
-        return gradient(graph)
+    def gradient(graph: bool) -> list[torch.Tensor]:
+        torch.set_rng_state(state)  # the same draws each time
+        grads = torch.autograd.grad(
+            step.loss(), wanted, create_graph=graph, allow_unused=True, materialize_grads=True
+        )
+        return [g.to_dense() if g.is_sparse else g for g in grads]
 
-    product = hessian_product(same_draws, wanted)
-
-    def scaled(v: list[torch.Tensor]) -> list[torch.Tensor]:
-        image = product([r * x for r, x in zip(roots, v, strict=True)])
-        if coupled:
-            image = [
-                h + decay[id(p)] * r * x for h, p, r, x in zip(image, wanted, roots, v, strict=True)
-            ]
-        return [(r * h).detach() for r, h in zip(roots, image, strict=True)]
-
-    # The gradient lies mostly along the steep directions; a little noise reaches the others.
-    generator = torch.Generator().manual_seed(0)
-    slope = [g.detach() * r for g, r in zip(same_draws(False), roots, strict=True)]
-    size = float(total_norm(gradient_norms(slope))) or 1.0
-    count = sum(p.numel() for p in wanted)
-    start = [
-        s / size + torch.randn(s.shape, generator=generator).to(s) * (0.3 / math.sqrt(count))
-        for s in slope
-    ]
-    value, vector, settled = largest_eigenvalue(scaled, start)
-    heaviest = int(np.argmax(gradient_norms(vector)))
-    return Curvature(value, facts.method == "adam", list(parameters)[heaviest], settled)
+    product = hessian_product(gradient, wanted)
+    value, vector, settled = largest_eigenvalue(
+        lambda v: root * (product(root * v) + added * root * v),
+        start_near(flat(gradient(False)) * root),
+    )
+    ends = np.cumsum([p.numel() for p in wanted])[:-1]
+    shares = [float(part @ part) for part in np.split(vector, ends)]
+    heaviest = list(parameters)[int(np.argmax(shares))]
+    return Curvature(value, facts.method == "adam", heaviest, settled)
 
 
 def _trial(
