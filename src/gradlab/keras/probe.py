@@ -57,17 +57,17 @@ def _values(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
 
 def _exact_norm(gradient: tf.Tensor) -> tf.Tensor:
     """L2 norm whose square may neither overflow nor underflow, float64."""
-    gradient = tf.cast(gradient, tf.float64)
     largest = tf.reduce_max(tf.abs(gradient))
-    scale = tf.where((largest > 0) & tf.math.is_finite(largest), largest, 1)
-    return scale * tf.norm(gradient / scale)
+    scale = tf.where((largest > 0) & tf.math.is_finite(largest), largest, tf.ones_like(largest))
+    half = tf.nn.l2_loss(gradient / scale)
+    return tf.cast(scale, tf.float64) * tf.sqrt(2 * tf.cast(half, tf.float64))
 
 
 def gradient_norms(gradients: list[tf.Tensor]) -> tf.Tensor:
     """L2 norm of each gradient, (gradients,), float64; usable inside a graph and under XLA.
 
-    Only when a norm reads inf, NaN or next to 0 are all of them computed again, in float64 and
-    scaled, so that no square overflows or underflows.
+    Only when a norm reads inf, NaN or next to 0 are all of them computed again, of scaled numbers
+    whose squares neither overflow nor underflow.
     """
     if not gradients:
         return tf.zeros((0,), tf.float64)
@@ -77,12 +77,30 @@ def gradient_norms(gradients: list[tf.Tensor]) -> tf.Tensor:
     if len({h.dtype for h in halves}) > 1:
         halves = [tf.cast(h, tf.float64) for h in halves]
     fast = tf.sqrt(2 * tf.cast(tf.stack(halves), tf.float64))
-    suspicious = tf.reduce_any(~(fast > _TINY) | ~tf.math.is_finite(fast))
-    return tf.cond(
-        suspicious,
-        lambda: tf.stack([_exact_norm(g) for g in dense]),
-        lambda: fast,
+    suspicious = ~tf.reduce_all((fast > _TINY) & tf.math.is_finite(fast))
+
+    def exact(fast: tf.Tensor, *dense: tf.Tensor) -> tf.Tensor:
+        return tf.stack([_exact_norm(g) for g in dense])
+
+    if tf.executing_eagerly():
+        return exact(fast, *dense) if suspicious else fast
+    # What tf.cond makes too, but it has the branches inlined, with a switch for every gradient
+    # that runs at each step whichever branch is taken.
+    inputs = [fast, *dense]
+    signature = [tf.TensorSpec(t.shape, t.dtype) for t in inputs]
+    then, otherwise = (
+        tf.function(branch, autograph=False).get_concrete_function(*signature)
+        for branch in (exact, lambda fast, *dense: tf.identity(fast))
     )
+    norms = tf.raw_ops.StatelessIf(
+        cond=suspicious, input=inputs, Tout=[tf.float64], then_branch=then, else_branch=otherwise
+    )[0]
+    return tf.ensure_shape(norms, fast.shape)
+
+
+def _total(norms: tf.Tensor) -> tf.Tensor:
+    """√Σ norm² in one pass."""
+    return tf.sqrt(2 * tf.nn.l2_loss(norms))
 
 
 def _clipped_total(optimizer: keras.optimizers.Optimizer, norms: tf.Tensor, grads: list):
@@ -93,17 +111,19 @@ def _clipped_total(optimizer: keras.optimizers.Optimizer, norms: tf.Tensor, grad
         norms: (gradients,), float64, their norms.
         grads: the gradients, without loss scale.
     """
-    total = clipped = tf.norm(norms)
+    total = _total(norms)
     # In the order in which Keras asks for them: it obeys the first.
     if optimizer.clipnorm:
-        clipped = tf.norm(tf.minimum(norms, tf.cast(optimizer.clipnorm, tf.float64)))
+        clipped = _total(tf.minimum(norms, tf.cast(optimizer.clipnorm, tf.float64)))
     elif optimizer.global_clipnorm:
         clipped = tf.minimum(total, tf.cast(optimizer.global_clipnorm, tf.float64))
     elif optimizer.clipvalue:
         limit = optimizer.clipvalue
-        clipped = tf.norm(
+        clipped = _total(
             gradient_norms([tf.clip_by_value(_values(g), -limit, limit) for g in grads])
         )
+    else:
+        return total
     return tf.where(tf.math.is_finite(total), clipped, total)
 
 
@@ -343,9 +363,10 @@ class GradientProbe(keras.callbacks.Callback):
                 np.reshape(columns, (-1, 1)).astype(np.int32),
                 live_norms,
             )
-        bad = ~tf.math.is_finite(norms)
-        any_bad = tf.reduce_any(bad)
-        where = tf.stack([step, tf.argmax(tf.cast(bad, tf.int32))])
+        bad = tf.cast(~tf.math.is_finite(norms), tf.int32)
+        column = tf.argmax(bad)
+        any_bad = bad[column] > 0
+        where = tf.stack([step, column])
         raising = self.on_nonfinite == "raise" and not self._scaling
         for key in ("first_nonfinite", "raised")[: 1 + raising]:
             before = tf.identity(ring[key])
