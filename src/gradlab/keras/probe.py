@@ -57,28 +57,50 @@ def _values(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
 
 def _exact_norm(gradient: tf.Tensor) -> tf.Tensor:
     """L2 norm whose square may neither overflow nor underflow, float64."""
-    gradient = tf.cast(gradient, tf.float64)
     largest = tf.reduce_max(tf.abs(gradient))
-    scale = tf.where((largest > 0) & tf.math.is_finite(largest), largest, 1)
-    return scale * tf.norm(gradient / scale)
+    scale = tf.where((largest > 0) & tf.math.is_finite(largest), largest, tf.ones_like(largest))
+    half = tf.nn.l2_loss(gradient / scale)
+    return tf.cast(scale, tf.float64) * tf.sqrt(2 * tf.cast(half, tf.float64))
 
 
 def gradient_norms(gradients: list[tf.Tensor]) -> tf.Tensor:
     """L2 norm of each gradient, (gradients,), float64; usable inside a graph and under XLA.
 
-    Only when a norm reads inf, NaN or next to 0 are all of them computed again, in float64 and
-    scaled, so that no square overflows or underflows.
+    Only when a norm reads inf, NaN or next to 0 are all of them computed again, of scaled numbers
+    whose squares neither overflow nor underflow.
     """
     if not gradients:
         return tf.zeros((0,), tf.float64)
     dense = [_values(g) for g in gradients]
-    fast = tf.stack([tf.cast(tf.norm(g), tf.float64) for g in dense])
-    suspicious = tf.reduce_any(~(fast > _TINY) | ~tf.math.is_finite(fast))
-    return tf.cond(
-        suspicious,
-        lambda: tf.stack([_exact_norm(g) for g in dense]),
-        lambda: fast,
+    # One operation per gradient, and the rest on all of them: each costs microseconds of its own.
+    halves = [tf.nn.l2_loss(g) for g in dense]  # Σ x² / 2
+    if len({h.dtype for h in halves}) > 1:
+        halves = [tf.cast(h, tf.float64) for h in halves]
+    fast = tf.sqrt(2 * tf.cast(tf.stack(halves), tf.float64))
+    suspicious = ~tf.reduce_all((fast > _TINY) & tf.math.is_finite(fast))
+
+    def exact(fast: tf.Tensor, *dense: tf.Tensor) -> tf.Tensor:
+        return tf.stack([_exact_norm(g) for g in dense])
+
+    if tf.executing_eagerly():
+        return exact(fast, *dense) if suspicious else fast
+    # What tf.cond makes too, but it has the branches inlined, with a switch for every gradient
+    # that runs at each step whichever branch is taken.
+    inputs = [fast, *dense]
+    signature = [tf.TensorSpec(t.shape, t.dtype) for t in inputs]
+    then, otherwise = (
+        tf.function(branch, autograph=False).get_concrete_function(*signature)
+        for branch in (exact, lambda fast, *dense: tf.identity(fast))
     )
+    norms = tf.raw_ops.StatelessIf(
+        cond=suspicious, input=inputs, Tout=[tf.float64], then_branch=then, else_branch=otherwise
+    )[0]
+    return tf.ensure_shape(norms, fast.shape)
+
+
+def _total(norms: tf.Tensor) -> tf.Tensor:
+    """√Σ norm² in one pass."""
+    return tf.sqrt(2 * tf.nn.l2_loss(norms))
 
 
 def _clipped_total(optimizer: keras.optimizers.Optimizer, norms: tf.Tensor, grads: list):
@@ -89,17 +111,19 @@ def _clipped_total(optimizer: keras.optimizers.Optimizer, norms: tf.Tensor, grad
         norms: (gradients,), float64, their norms.
         grads: the gradients, without loss scale.
     """
-    total = clipped = tf.norm(norms)
+    total = _total(norms)
     # In the order in which Keras asks for them: it obeys the first.
     if optimizer.clipnorm:
-        clipped = tf.norm(tf.minimum(norms, tf.cast(optimizer.clipnorm, tf.float64)))
+        clipped = _total(tf.minimum(norms, tf.cast(optimizer.clipnorm, tf.float64)))
     elif optimizer.global_clipnorm:
         clipped = tf.minimum(total, tf.cast(optimizer.global_clipnorm, tf.float64))
     elif optimizer.clipvalue:
         limit = optimizer.clipvalue
-        clipped = tf.norm(
+        clipped = _total(
             gradient_norms([tf.clip_by_value(_values(g), -limit, limit) for g in grads])
         )
+    else:
+        return total
     return tf.where(tf.math.is_finite(total), clipped, total)
 
 
@@ -285,10 +309,8 @@ class GradientProbe(keras.callbacks.Callback):
             return tf.Variable(tf.fill(shape, tf.cast(value, dtype)), trainable=False)
 
         self._ring = {
-            "norms": variable((rows, columns), tf.float64, np.nan),
-            "present": variable((rows, columns), tf.bool),
-            "skipped": variable((rows,), tf.bool),
-            "clipped_total": variable((rows,), tf.float64, np.nan),
+            # Per step: norms, -1 for no gradient; the total after clipping; whether skipped.
+            "rows": variable((rows, columns + 2), tf.float64),
             "count": variable((), tf.int64),
             "first_nonfinite": variable((2,), tf.int64, -1),  # step and column
             "raised": variable((2,), tf.int64, -1),  # the same for this fit alone
@@ -334,44 +356,42 @@ class GradientProbe(keras.callbacks.Callback):
         self._seen = "gradients before the optimiser's own clipping" + (
             "" if scale is None else ", divided by the loss scale"
         )
-        norms = tf.tensor_scatter_nd_update(
-            tf.fill((len(self._names),), tf.constant(np.nan, tf.float64)),
-            np.reshape(columns, (-1, 1)).astype(np.int32),
-            live_norms,
-        )
-        present = tf.constant(np.isin(np.arange(len(self._names)), columns))
-        bad = present & ~tf.math.is_finite(norms)
-        where = tf.stack([step, tf.argmax(tf.cast(bad, tf.int32))])
-        for key in ("first_nonfinite", "raised"):
-            if key == "raised" and self._scaling:
-                continue
-            is_first = tf.reduce_any(bad) & (ring[key][0] < 0)
-            ring[key].assign(tf.where(is_first, where, ring[key]))
+        norms = live_norms
+        if columns != list(range(len(self._names))):
+            norms = tf.tensor_scatter_nd_update(
+                -tf.ones((len(self._names),), tf.float64),
+                np.reshape(columns, (-1, 1)).astype(np.int32),
+                live_norms,
+            )
+        bad = tf.cast(~tf.math.is_finite(norms), tf.int32)
+        column = tf.argmax(bad)
+        any_bad = bad[column] > 0
+        where = tf.stack([step, column])
+        raising = self.on_nonfinite == "raise" and not self._scaling
+        for key in ("first_nonfinite", "raised")[: 1 + raising]:
+            before = tf.identity(ring[key])
+            ring[key].assign(tf.where(any_bad & (before[0] < 0), where, before))
         if self._scaling:
             # It skips by itself, on all gradients that it is given, and must see them to lower
             # its scale.
             left_out = ~self._optimizer.check_finite(grads)
             skip = tf.constant(False)
         else:
-            skip = tf.reduce_any(bad) & (self.on_nonfinite != "record")
-            if self.on_nonfinite == "raise":
+            skip = any_bad if self.on_nonfinite != "record" else tf.constant(False)
+            if raising:
                 # With steps_per_execution, steps may follow before Python hears of the bad one.
                 skip |= ring["raised"][0] >= 0
             left_out = skip
         clipper = self._optimizer.inner_optimizer if self._scaling else self._optimizer
         unscaled = [g if scale is None else _values(g) / scale for g in live.values()]
-        rows = {
-            "norms": norms,
-            "present": present,
-            "skipped": left_out,
-            "clipped_total": _clipped_total(clipper, live_norms, unscaled),
-        }
+        clipped = _clipped_total(clipper, live_norms, unscaled)
+        numbers = tf.concat([norms, [clipped, tf.cast(left_out, tf.float64)]], 0)
+        ring["rows"].scatter_nd_update(row, numbers[None])
         if self.activations:
             largest = tf.identity(self._largest)
-            rows["activations"] = tf.where(largest == -1, np.float32(np.nan), largest)
+            largest = tf.where(largest == -1, np.float32(np.nan), largest)
+            ring["activations"].scatter_nd_update(row, largest[None])
             self._largest.assign(tf.fill(largest.shape, -1.0))
-        for key, value in rows.items():
-            ring[key].scatter_nd_update(row, value[None])
         ring["count"].assign_add(1)
 
         def apply() -> tf.Tensor:
@@ -429,18 +449,25 @@ class GradientProbe(keras.callbacks.Callback):
         count = int(self._ring["count"].numpy())
         order, steps = ring_order(count, self.capacity, since)
         step, index = self._ring["first_nonfinite"].numpy()
-        rows = {
-            key: tf.gather(ring, order).numpy()
-            for key, ring in self._ring.items()
-            if key not in ("count", "first_nonfinite", "raised")
+        optional = {
+            key: tf.gather(self._ring[key], order).numpy()
+            for key in ("activations", "update_ratios")
+            if key in self._ring
         }
+        rows = tf.gather(self._ring["rows"], order).numpy()
+        norms = rows[:, :-2]
+        present = norms != -1
         return GradientHistory(
             steps=steps,
             names=list(self._names),
+            norms=np.where(present, norms, np.nan),
+            present=present,
+            clipped_total=rows[:, -2],
+            skipped=rows[:, -1] == 1,
             first_nonfinite=NonFinite(int(step), self._names[index]) if step >= 0 else None,
             activation_names=list(self._layer_names),
             seen=self._seen,
-            **rows,
+            **optional,
         )
 
     def save(self, path: str | Path) -> Path:
