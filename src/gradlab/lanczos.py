@@ -1,7 +1,7 @@
 """Largest eigenvalue of a symmetric map that can only be applied, by Lanczos iteration.
 
-SciPy's `eigsh` does the same for many eigenvalues to many digits, and needs twenty products and more
-for that.  Here a product costs two training steps, and two digits of one eigenvalue are enough.
+SciPy's `eigsh` does the same for many eigenvalues to many digits, and needs twenty products and
+more for that.  Here a product costs two training steps, and two digits are enough.
 """
 
 from __future__ import annotations
