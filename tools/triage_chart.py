@@ -17,8 +17,8 @@ KINDS = {
 ROWS = [
     (["Are batch, weights and", "buffers finite, labels in", "range, inputs below 10⁶?"], "no",
      "bad input", "mend the data, or go back to a checkpoint", "yes"),
-    (["Are loss and gradients finite?", "If not: does float64 help?"], "not even in float64",
-     "singularity", "safe form of that operation", "finite, or float64 helps"),
+    (["Are loss and gradients finite?", "If not, are they in float64?"], "not even there",
+     "singularity", "safe form of that operation", "yes, here or in float64"),
     (["Does the gradient grow more", "than 100-fold along the", "layers (or time steps)?"], "yes",
      "explosion", "initial gain, normalisation, scaled skips", "no"),
     (["Was float64 needed, or does", "the gradient differ there?"], "yes",

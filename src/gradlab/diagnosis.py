@@ -140,7 +140,11 @@ def judge(measurements: Measurements) -> Diagnosis:
     found += [*_step_size(m), *_vanishing(m)]
     # Data and weights of an odd size are a cause only where there is a symptom.
     symptom = bool(found) or not finite_step(m) or total_norm(m) > LARGE_GRADIENT
-    found += _inputs(m, symptom)
+    inputs = list(_inputs(m, symptom))
+    if any(finding.where != "batch" for finding in inputs):
+        # Weights that an earlier step has ruined: all else may follow from them.
+        found = [finding for finding in found if finding.kind == "singularity"]
+    found += inputs
     order = list(KINDS)
     found.sort(key=lambda finding: order.index(finding.kind))
     first = found[0] if found else None
@@ -267,25 +271,25 @@ def _grows_forward(m: Measurements) -> tuple[LayerUse, float, int] | None:
 
 
 def _inputs(m: Measurements, symptom: bool) -> Iterator[Finding]:
-    for facts in m.tensors:
-        remedy = "bad batch" if facts.role == "batch" else f"bad {facts.role}"
-        where = "batch" if facts.role == "batch" else facts.name
-        if facts.not_finite and (facts.role != "batch" or symptom):
-            yield _finding(
-                "bad input",
-                where,
-                f"{facts.name}: {facts.not_finite} of {facts.size} numbers are inf or NaN, before "
-                "the step begins.",
-                remedy,
-            )
-        elif facts.largest >= OUT_OF_RANGE and symptom and not facts.integer:
-            yield _finding(
-                "bad input",
-                where,
-                f"{facts.name} holds numbers up to {_number(facts.largest)} in magnitude (from "
-                f"{_number(facts.lowest)} to {_number(facts.highest)}).",
-                remedy,
-            )
+    for role in ("batch", "parameter", "buffer"):
+        suspects = []
+        for facts in m.tensors:
+            if facts.role != role:
+                continue
+            if facts.not_finite and (role != "batch" or symptom):
+                said = (
+                    f"{facts.not_finite} of {facts.size} numbers are inf or NaN, before the step "
+                )
+                suspects.append((facts, said + "begins."))
+            elif facts.largest >= OUT_OF_RANGE and symptom and not facts.integer:
+                said = f"it holds numbers up to {_number(facts.largest)} in magnitude (from "
+                said += f"{_number(facts.lowest)} to {_number(facts.highest)})."
+                suspects.append((facts, said))
+        if suspects:
+            facts, said = suspects[0]
+            others = f" {len(suspects) - 1} more are like it." if len(suspects) > 1 else ""
+            where = "batch" if role == "batch" else facts.name
+            yield _finding("bad input", where, f"{facts.name}: {said}{others}", f"bad {role}")
 
 
 def _indices(facts: TensorFacts) -> str:
@@ -344,8 +348,10 @@ def _events(m: Measurements) -> Iterator[Finding]:
     evidence = _described(event)
     where, source = event.place.name, event.place.source
     if event.masked:
-        evidence += "The signal that arrives there is 0: the branch is thrown away, and 0 × inf "
-        evidence += "is NaN. "
+        evidence += (
+            "The signal that arrives there is 0, from an error that is exactly 0 or a branch "
+        )
+        evidence += "that `where` throws away, and 0 × inf is NaN. "
         yield _finding("singularity", where, evidence + _cure(m), "masked branch", source)
     elif event.in_float64 is False or (event.in_float64 is None and event.made == "nan"):
         if event.in_float64 is False:
@@ -500,11 +506,13 @@ def _step_size(m: Measurements) -> Iterator[Finding]:
             f"stable up to a learning rate of {limit:.4g}; it is {rate:.4g}, "
             f"{_number(rate / limit)} times the limit. "
         )
+        evidence += "" if above else "That would do on a quadratic, and still it does not: "
     if losses:
         last = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         course = f"from {_number(losses[0])} to {_number(finite[-1])}"
         peak = f", with a peak of {_number(max(finite))}," * (max(finite) > 1.01 * finite[-1])
-        evidence += f"Tried on this batch alone, the loss goes {course}{peak} in "
+        tried = "Tried" if above or not evidence else "tried"
+        evidence += f"{tried} on this batch alone, the loss goes {course}{peak} in "
         evidence += f"{len(finite) - 1} steps"
         evidence += " and is not finite after the next." if last is not None else "."
     if m.summed:

@@ -28,9 +28,10 @@ REMEDIES = {
         "Why did it blow up?",
     ),
     "bad parameter": Remedy(
-        "An earlier step wrote this. Go back to a checkpoint from before, its optimiser state "
-        "included, and run diagnose on the step that comes next. Let GradientProbe skip or raise "
-        "(on_nonfinite) so that it cannot be written again.",
+        "Earlier steps wrote this, and whatever else is odd here may follow from it. Go back to a "
+        "checkpoint from before, its optimiser state included, or to the freshly built model, and "
+        "diagnose that. Weights that grew over some steps point to a learning rate that is too "
+        "high; weights that are NaN from one step to the next, to a single operation.",
         "What does a huge gradient do?",
     ),
     "bad buffer": Remedy(
@@ -40,18 +41,19 @@ REMEDIES = {
     ),
     "pole": Remedy(
         "Keep the input away from the singular point, inside the operation: sqrt(x + eps), "
-        "x / (norm + eps), log(x.clamp(min=eps)), or a fused form (log_softmax, logsumexp, "
+        "x / (norm + eps), log(max(x, eps)), or a form made for it (log_softmax, logsumexp, "
         "cross-entropy from logits). Clipping the gradient cannot help: NaN times anything is NaN.",
         "Why did it blow up?",
     ),
     "masked branch": Remedy(
-        "A branch that `where` throws away still has a gradient, and 0 × inf is NaN. Make its "
-        "input safe first: where(ok, f(where(ok, x, 1)), other).",
+        "An epsilon inside the operation, sqrt(x + eps), mends both. If there is a `where`, its "
+        "discarded branch still has a gradient: guard the input too, "
+        "where(ok, f(where(ok, x, 1)), other).",
         "Why did it blow up?",
     ),
     "empty statistic": Remedy(
         "The statistic has nothing, or a single value, to be taken over. Drop the batch, or divide "
-        "by max(count, 1); drop_last=True for batch normalisation.",
+        "by max(count, 1); leave out a last batch of one for batch normalisation.",
         "Why did it blow up?",
     ),
     "near pole": Remedy(
@@ -99,8 +101,8 @@ REMEDIES = {
         "Why did it blow up?",
     ),
     "step size": Remedy(
-        "Lower the learning rate to half the limit or less, or reach it by a warm-up; clipping "
-        "the norm also bounds the step. Half the initial gain would not help.",
+        "Divide the learning rate by ten, then look for the highest that still learns. A warm-up, "
+        "or clipping the norm, also bounds the step. Half the initial gain would not help.",
         "Why does it explode?",
     ),
     "summed loss": Remedy(

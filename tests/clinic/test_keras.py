@@ -9,6 +9,7 @@ import pytest
 from keras_cases import CASES, HEALTHY, UNSEEN, Outcome, Step
 
 from gradlab.keras import diagnose, keras
+from gradlab.measurements import TRIAL_STEPS
 
 tf = pytest.importorskip("tensorflow")
 
@@ -516,7 +517,7 @@ def test_optimizers(optimizer, taken):
     assert m.notes == ()
     assert m.optimizer.learning_rate == pytest.approx(1e-3 * 0.5**taken)
     assert m.optimizer.steps == taken
-    assert len(m.trial.losses) == 13
+    assert len(m.trial.losses) == TRIAL_STEPS + 1
     if m.optimizer.method == "adam":
         assert (m.curvature is not None) == bool(taken)
     for one, other in zip(values(step), before, strict=True):
