@@ -280,6 +280,18 @@ def test_the_step_is_too_large(measurements, kind):
     assert judge(measurements).kind == kind, str(judge(measurements))
 
 
+def test_a_trial_ends_when_it_has_told_all():
+    facts, sharp = OptimizerFacts("SGD", "gradient descent", 0.1), Curvature(10.0)
+    falls = [1.0 - 0.1 * i for i in range(9)]
+    assert not diagnosis.tried_enough(falls[:4], facts, sharp)
+    assert diagnosis.tried_enough(falls[:5], facts, sharp)
+    assert diagnosis.tried_enough(falls[:5], facts, None)
+    assert not diagnosis.tried_enough(falls[:5], facts, Curvature(30.0))  # above the limit
+    assert not diagnosis.tried_enough([1.0, 2.0, 1.0, 0.9, 0.8, 0.7], facts, sharp)
+    assert diagnosis.tried_enough([1.0, math.nan], facts, sharp)
+    assert diagnosis.tried_enough([1.0, 2.0] * 6, facts, sharp)
+
+
 def test_divergence_says_where_and_how_far():
     found = judge(stepping(0.3, losses=(1.0, 2.0, 4.0)))
     assert found.where == "a.weight"

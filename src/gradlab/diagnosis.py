@@ -10,11 +10,18 @@ import html
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gradlab import theory
-from gradlab.measurements import Event, LayerUse, Measurements, TensorFacts
+from gradlab.measurements import (
+    Curvature,
+    Event,
+    LayerUse,
+    Measurements,
+    OptimizerFacts,
+    TensorFacts,
+)
 from gradlab.remedies import REMEDIES
 
 KINDS = {
@@ -44,6 +51,8 @@ VANISHED = 1e-6
 """Signal at the first layers, relative to the last one, below which they do not learn."""
 DIFFERENT = {"float16": 0.5, "bfloat16": 0.5}
 """‖g − g₆₄‖/‖g₆₄‖ beyond which the format spoils the gradient; 0.1 for any other format."""
+TRIAL_STEPS, SURE_AFTER = 10, 4
+"""Steps of the optimiser that are tried, and after how many a loss that only falls is believed."""
 LOST = 0.5
 """Share of the gradient's elements that underflow."""
 
@@ -472,18 +481,35 @@ def _format(m: Measurements) -> Iterator[Finding]:
         )
 
 
-def _limit(m: Measurements) -> float | None:
+def highest_rate(optimizer: OptimizerFacts | None, curvature: Curvature | None) -> float | None:
     """Largest stable learning rate on this batch; None if not known."""
-    if m.optimizer is None or m.curvature is None or not m.optimizer.method:
+    if optimizer is None or curvature is None or not optimizer.method:
         return None
-    if not m.curvature.sharpness > 0:
+    if not curvature.sharpness > 0:
         return None
-    beta = 0.0 if m.optimizer.method == "gradient descent" else m.optimizer.momentum
-    return theory.stability_limit(m.optimizer.method, beta) / m.curvature.sharpness
+    beta = 0.0 if optimizer.method == "gradient descent" else optimizer.momentum
+    return theory.stability_limit(optimizer.method, beta) / curvature.sharpness
+
+
+def tried_enough(
+    losses: Sequence[float], optimizer: OptimizerFacts | None, curvature: Curvature | None
+) -> bool:
+    """Whether the losses of a trial so far say all that it can tell.
+
+    So they do once one is not finite, and also if each of the first steps lowered the loss and the
+    learning rate is not known to be above its limit.
+    """
+    if not math.isfinite(losses[-1]) or len(losses) > TRIAL_STEPS:
+        return True
+    limit = highest_rate(optimizer, curvature)
+    above = limit is not None and optimizer.learning_rate > limit
+    falls = all(later < earlier for earlier, later in itertools.pairwise(losses))
+    return falls and not above and len(losses) > SURE_AFTER
 
 
 def _step_size(m: Measurements) -> Iterator[Finding]:
-    limit, rate = _limit(m), m.optimizer.learning_rate if m.optimizer else math.nan
+    limit = highest_rate(m.optimizer, m.curvature)
+    rate = m.optimizer.learning_rate if m.optimizer else math.nan
     above = limit is not None and rate > limit
     losses = m.trial.losses if m.trial else ()
     blew_up = rises = False
@@ -588,7 +614,7 @@ def _in_order(m: Measurements, found: list[Finding]) -> Iterator[str]:
     grown = growth(m)
     if grown is not None and not kinds & {"explosion", "vanishing"}:
         yield f"Along the layers the gradient grows at most {_number(grown.total)}-fold."
-    limit = _limit(m)
+    limit = highest_rate(m.optimizer, m.curvature)
     if limit is not None and "divergence" not in kinds:
         share = m.optimizer.learning_rate / limit
         yield f"The learning rate is {_number(share)} of the stability limit {limit:.4g}."

@@ -11,9 +11,6 @@ import linecache
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TRIAL_STEPS = 10
-"""How many steps of the optimiser are tried."""
-
 
 def source_line(filename: str, number: int) -> str:
     """A line of a program, "train.py:12: y = x.sqrt()", or of a notebook, "cell line 3: …"."""

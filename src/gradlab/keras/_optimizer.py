@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradlab.keras._tracing import norm
-from gradlab.measurements import TRIAL_STEPS, OptimizerFacts, Trial
+from gradlab.measurements import OptimizerFacts, Trial
 
 # Per class: its β₁, its β₂ where it corrects the bias, and where it keeps the squares (or sizes).
 _ADAM_LIKE = {
@@ -89,7 +89,10 @@ def spare(optimizer: keras.Optimizer, variables: list) -> Iterator[keras.Optimiz
 
 
 def trial(
-    optimizer: keras.Optimizer, step: Callable[[], tf.Tensor], variables: list[keras.Variable]
+    optimizer: keras.Optimizer,
+    step: Callable[[], tf.Tensor],
+    variables: list[keras.Variable],
+    enough: Callable[[list[float]], bool],
 ) -> Trial:
     """Take some steps with an optimiser.
 
@@ -97,24 +100,23 @@ def trial(
         optimizer: built or not; its variables and those of the model are left changed.
         step: gives the loss.
         variables: what is trained.
+        enough: whether the losses so far will do.
     """
     before = [v.value.numpy() for v in variables]
     losses = []
     with spare(optimizer, variables) as tried:
-        for _ in range(TRIAL_STEPS):
+        while True:
             with tf.GradientTape() as tape:
                 loss = step()
                 scaled = tried.scale_loss(loss)
             losses.append(float(loss))
-            if not np.isfinite(losses[-1]):
+            if enough(losses):
                 break
             # The values: Keras's variables would be read again for every gradient.
             grads = tape.gradient(scaled, [v.value for v in variables])
             pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
             # The class's own: a probe may stand in front of this one's.
             type(tried).apply(tried, *map(list, zip(*pairs, strict=True)))
-    if np.isfinite(losses[-1]):
-        losses.append(float(step()))
     moves = [norm(tf.constant(v.value.numpy() - w)) for v, w in zip(variables, before, strict=True)]
     sizes = [norm(tf.constant(w)) for w in before]
     total = float(np.linalg.norm(sizes))

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gradlab.diagnosis import Diagnosis, judge
+from gradlab.diagnosis import Diagnosis, judge, tried_enough
 from gradlab.keras import _optimizer
 from gradlab.keras._curvature import flat, hessian_product
 from gradlab.keras._state import float64, untouched, widen
@@ -166,7 +166,10 @@ def measure(
                 result["curvature"] = _curvature(step, variables, optimizer, result["optimizer"])
             with noted("The optimiser could not be tried"):
                 start_over()
-                result["trial"] = _optimizer.trial(optimizer, step, variables)
+                known = result.get("optimizer"), result.get("curvature")
+                result["trial"] = _optimizer.trial(
+                    optimizer, step, variables, lambda losses: tried_enough(losses, *known)
+                )
             with noted("Whether the loss is a sum or a mean is not known"):
                 result["summed"] = _summed(model, loss_fn, batch, result["loss"], start_over)
         return Measurements(**result, notes=tuple(notes))

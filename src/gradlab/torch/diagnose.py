@@ -17,7 +17,6 @@ from gradlab import diagnosis
 from gradlab.diagnosis import Diagnosis
 from gradlab.lanczos import largest_eigenvalue, start_near
 from gradlab.measurements import (
-    TRIAL_STEPS,
     Curvature,
     Float64,
     LayerUse,
@@ -492,7 +491,13 @@ def _step_size(
             found["curvature"] = measure(
                 "curvature", lambda: _curvature(step, mine, scales, facts, optimizer)
             )
-    found["trial"] = measure("trial steps", lambda: _trial(step, optimizer, mine, start_over))
+    known = facts, found.get("curvature")
+    found["trial"] = measure(
+        "trial steps",
+        lambda: _trial(
+            step, optimizer, mine, lambda losses: diagnosis.tried_enough(losses, *known)
+        ),
+    )
     course = found["trial"]
     if course is not None and not course.losses[-1] <= course.losses[0]:
         with suppress(Exception):
@@ -541,9 +546,9 @@ def _trial(
     step: _Step,
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
-    start_over: Callable[[], None],
+    enough: Callable[[list[float]], bool],
 ) -> Trial:
-    """A few steps of the optimiser on this batch, on copies of the weights and of its state."""
+    """Steps of the optimiser on this batch, until their losses will do, on copies of its state."""
     before = {n: p.detach().clone() for n, p in parameters.items()}
     everyone = list(step.parameters.values())
     state = torch.get_rng_state()
@@ -558,19 +563,15 @@ def _trial(
 
     searches = isinstance(optimizer, torch.optim.LBFGS)
     with spare_optimizer(optimizer):
-        for _ in range(1 if searches else TRIAL_STEPS):
+        while True:
             losses.append(closure().item())
-            if not math.isfinite(losses[-1]):
+            if enough(losses) or (searches and len(losses) > 1):
                 break
             # The class's own method: a scheduler may have wrapped the instance's.
             if searches:
                 type(optimizer).step(optimizer, torch.enable_grad()(closure))
             else:
                 type(optimizer).step(optimizer)
-        else:
-            torch.set_rng_state(state)
-            with torch.no_grad():
-                losses.append(step.loss().item())
         sizes = {n: gradient_norms([w])[0] for n, w in before.items()}
         moves = {n: gradient_norms([p.detach() - before[n]])[0] for n, p in parameters.items()}
     relative = {n: moves[n] / sizes[n] if sizes[n] > 0 else 0.0 for n in moves}
