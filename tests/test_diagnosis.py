@@ -13,6 +13,7 @@ import pytest
 from gradlab import diagnosis
 from gradlab.diagnosis import KINDS, judge
 from gradlab.measurements import (
+    Chain,
     Curvature,
     Event,
     Float64,
@@ -20,6 +21,7 @@ from gradlab.measurements import (
     LayerUse,
     Measurements,
     OptimizerFacts,
+    Origin,
     Place,
     Raised,
     TensorFacts,
@@ -65,7 +67,7 @@ def test_findings_come_most_severe_first():
         HEALTHY,
         gradients=(("a.weight", 1e30),),
         norm_overflows=True,
-        tensors=(facts(not_finite=3),),
+        tensors=(facts(largest=1e9),),
         layers=geometric(3, 10),
         optimizer=OptimizerFacts("SGD", "gradient descent", 1.0),
         curvature=Curvature(10.0, where="a.weight"),
@@ -197,6 +199,7 @@ def test_an_operation_next_to_a_pole():
         replace(steep, jump=Jump(HERE, 1e6, linear=True, at=1e-12)),  # a loss scale
         replace(steep, jump=Jump(HERE, 1e3, at=1e-12)),
         replace(steep, gradients=(("a", 1.0),)),  # taken back by what follows
+        replace(steep, jump=Jump(HERE, 1e6, at=1e-3, sensitive=False)),
     ):
         assert judge(harmless).kind == "healthy"
 
@@ -208,10 +211,35 @@ def test_a_bad_batch_needs_a_symptom_and_a_bad_parameter_does_not():
     odd = replace(HEALTHY, tensors=(facts(not_finite=1),))
     assert judge(odd).kind == "healthy"  # masked out, on purpose
     assert judge(replace(odd, loss=math.nan)).kind == "bad input"
-    lost = replace(HEALTHY, tensors=(facts("a.weight", "parameter", not_finite=1),))
+    lost = replace(odd, loss=math.nan, tensors=(facts("a.weight", "parameter", not_finite=1),))
     assert (judge(lost).kind, judge(lost).where) == ("bad input", "a.weight")
-    running = replace(HEALTHY, tensors=(facts("bn.running_var", "buffer", not_finite=1),))
+    running = replace(lost, tensors=(facts("bn.running_var", "buffer", not_finite=1),))
     assert judge(running).where == "bn.running_var"
+    # Finite numbers come out, so none of it had a say.
+    assert judge(replace(running, loss=1.0)).kind == "healthy"
+    assert "bn.running_var holds inf or NaN" in str(judge(replace(running, loss=1.0)))
+
+
+def test_only_the_tensor_that_brought_it_in_is_to_blame():
+    two = (facts("batch[0]", not_finite=1), facts("batch[1]", not_finite=1))
+    bad = replace(HEALTHY, loss=math.nan, tensors=two, origin=Origin("batch[1]", HERE))
+    assert [f.evidence.split(":")[0] for f in judge(bad).findings] == ["batch[1]"]
+    elsewhere = replace(bad, origin=Origin("", HERE))
+    assert (judge(elsewhere).kind, judge(elsewhere).where) == ("bad input", "block.norm")
+    event = Event(HERE, "forward", "nan", in_float64=False)
+    assert kinds(replace(bad, origin=None, forward=event)) == ["singularity"]
+
+
+def test_growth_without_weights():
+    chain = Chain(HERE, 1e6, 1e5, 20)
+    assert (judge(replace(HEALTHY, chain=chain)).kind) == "explosion"
+    for harmless in (Chain(HERE, 1e3, 1e2, 20), Chain(HERE, 1e6, 10, 20), Chain(HERE, 1e6, 1e5, 2)):
+        assert judge(replace(HEALTHY, chain=harmless)).kind == "healthy"
+
+
+def test_large_numbers_that_make_no_difference():
+    large = replace(HEALTHY, gradients=(("a", 1e5),), tensors=(facts(largest=1e9, matters=False),))
+    assert judge(large).kind == "healthy"
 
 
 def test_large_numbers_need_a_symptom():

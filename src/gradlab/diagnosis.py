@@ -45,14 +45,15 @@ STEADY_GROWTH = (20.0, 1.12)
 """… or this total, at this rate a layer or more, over ten layers or more."""
 JUMP = 1e4
 """Growth at a single place that counts."""
-NEAR_POLE = 1e-2
-"""An input at most this large counts as next to 0."""
+NEAR_POLE, AT_POLE = 1e-2, 1e-6
+"""An input at most this large counts as next to 0; the second, where moving it was tried too."""
 VANISHED = 1e-6
 """Signal at the first layers, relative to the last one, below which they do not learn."""
 DIFFERENT = {"float16": 0.5, "bfloat16": 0.5}
 """‖g − g₆₄‖/‖g₆₄‖ beyond which the format spoils the gradient; 0.1 for any other format."""
-TRIAL_STEPS, SURE_AFTER = 10, 4
-"""Steps of the optimiser that are tried, and after how many a loss that only falls is believed."""
+TRIAL_STEPS, LONG_TRIAL, SURE_AFTER = 10, 30, 4
+"""Steps of the optimiser that are tried; the same above the stability limit, where the steep
+direction may hold little at first; and after how many a loss that only falls is believed."""
 LOST = 0.5
 """Share of the gradient's elements that underflow."""
 
@@ -280,17 +281,22 @@ def _grows_forward(m: Measurements) -> tuple[LayerUse, float, int] | None:
 
 
 def _inputs(m: Measurements, symptom: bool) -> Iterator[Finding]:
+    if m.origin is not None and not m.origin.name:
+        place = m.origin.place
+        evidence = f"A tensor that {place.operation} reads, and that is neither in the batch nor a "
+        evidence += "parameter or buffer, holds inf or NaN before the step begins."
+        yield _finding("bad input", place.name, evidence, "bad batch", place.source)
     for role in ("batch", "parameter", "buffer"):
         suspects = []
         for facts in m.tensors:
             if facts.role != role:
                 continue
-            if facts.not_finite and (role != "batch" or symptom):
+            if facts.not_finite and _is_origin(m, facts):
                 said = (
                     f"{facts.not_finite} of {facts.size} numbers are inf or NaN, before the step "
                 )
                 suspects.append((facts, said + "begins."))
-            elif facts.largest >= OUT_OF_RANGE and symptom and not facts.integer:
+            elif facts.largest >= OUT_OF_RANGE and facts.matters and symptom and not facts.integer:
                 said = f"it holds numbers up to {_number(facts.largest)} in magnitude (from "
                 said += f"{_number(facts.lowest)} to {_number(facts.highest)})."
                 suspects.append((facts, said))
@@ -299,6 +305,13 @@ def _inputs(m: Measurements, symptom: bool) -> Iterator[Finding]:
             others = f" {len(suspects) - 1} more are like it." if len(suspects) > 1 else ""
             where = "batch" if role == "batch" else facts.name
             yield _finding("bad input", where, f"{facts.name}: {said}{others}", f"bad {role}")
+
+
+def _is_origin(m: Measurements, facts: TensorFacts) -> bool:
+    """Whether a non-finite tensor is to blame: a finite step proves that it had no influence."""
+    if finite_step(m) or m.forward is not None or m.backward is not None:
+        return False
+    return m.origin is None or m.origin.name == facts.name
 
 
 def _indices(facts: TensorFacts) -> str:
@@ -346,7 +359,7 @@ def _cure(m: Measurements) -> str:
 def _events(m: Measurements) -> Iterator[Finding]:
     event = m.forward or m.backward
     if event is None:
-        if m.raised is None and not finite_step(m) and not _bad_before(m):
+        if m.raised is None and not finite_step(m) and m.origin is None and not _bad_before(m):
             bad = next((n for n, norm in m.gradients if not math.isfinite(norm)), "loss")
             fits = m.float64 is not None and m.float64.finite
             kind, remedy = ("precision", "overflow") if fits else ("singularity", "pole")
@@ -398,9 +411,11 @@ def _growth_findings(m: Measurements) -> Iterator[Finding]:
                 f"overflow, {_number(factor ** (1 / layers))} a layer.",
                 "depth",
             )
+        yield from _chain(m)
         return
     alone = grown.total >= JUMP and grown.layers >= 2 and not _near_pole(m)
     if not grown.explodes and not alone:
+        yield from _chain(m)
         return
     unit = "time step" if grown.over_time else "layer"
     start, peak = grown.start.module or "model", grown.peak.module or "model"
@@ -416,6 +431,22 @@ def _growth_findings(m: Measurements) -> Iterator[Finding]:
     yield _finding("explosion", peak, evidence, remedy)
 
 
+def _chain(m: Measurements) -> Iterator[Finding]:
+    """Growth that passes through no weight, as where one network makes another's weights."""
+    chain = m.chain
+    if chain is None or not finite_step(m) or _near_pole(m):
+        return
+    if chain.total >= JUMP and chain.spread >= GROWTH and chain.operations >= 6:
+        yield _finding(
+            "explosion",
+            chain.place.name,
+            f"Over {chain.operations} operations the gradient grows {_number(chain.total)}-fold on "
+            f"its way back, the most at {chain.place.operation}.",
+            "depth",
+            chain.place.source,
+        )
+
+
 def _pole(m: Measurements) -> bool:
     event = m.forward or m.backward
     return event is not None and event.in_float64 is False
@@ -427,7 +458,7 @@ def _near_pole(m: Measurements) -> bool:
         jump
         and not jump.linear
         and jump.factor >= JUMP
-        and jump.at <= NEAR_POLE
+        and (jump.at <= (NEAR_POLE if jump.sensitive is None else AT_POLE) or jump.sensitive)
         and total_norm(m) >= math.sqrt(JUMP)
         and finite_step(m)
     )
@@ -499,10 +530,10 @@ def tried_enough(
     So they do once one is not finite, and also if each of the first steps lowered the loss and the
     learning rate is not known to be above its limit.
     """
-    if not math.isfinite(losses[-1]) or len(losses) > TRIAL_STEPS:
-        return True
     limit = highest_rate(optimizer, curvature)
     above = limit is not None and optimizer.learning_rate > limit
+    if not math.isfinite(losses[-1]) or len(losses) > (LONG_TRIAL if above else TRIAL_STEPS):
+        return True
     falls = all(later < earlier for earlier, later in itertools.pairwise(losses))
     return falls and not above and len(losses) > SURE_AFTER
 
@@ -611,8 +642,11 @@ def _in_order(m: Measurements, found: list[Finding]) -> Iterator[str]:
             f"Loss {_number(m.loss)} and all {len(m.gradients)} gradients are finite, their total "
             f"norm is {_number(total_norm(m))}."
         )
+        idle = [facts.name for facts in m.tensors if facts.not_finite]
+        if idle:
+            yield f"{', '.join(idle[:3])} holds inf or NaN, which has no influence on this step."
     grown = growth(m)
-    if grown is not None and not kinds & {"explosion", "vanishing"}:
+    if grown is not None and grown.total < GROWTH and not kinds & {"explosion", "vanishing"}:
         yield f"Along the layers the gradient grows at most {_number(grown.total)}-fold."
     limit = highest_rate(m.optimizer, m.curvature)
     if limit is not None and "divergence" not in kinds:

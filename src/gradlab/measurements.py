@@ -55,6 +55,8 @@ class TensorFacts:
         lowest: the smallest finite value.
         highest: the largest finite value.
         integer: whether it holds integers (labels, tokens).
+        matters: for large numbers, whether the step becomes finite or its gradient falls a
+            thousandfold once they are scaled down to 1; True if that was not tried.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TensorFacts:
     lowest: float = 0.0
     highest: float = 0.0
     integer: bool = False
+    matters: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,47 @@ class Jump:
             that at the weights behind it: a normalisation magnifies in one operation and takes it
             back in the next.
         linear: it multiplies by a constant, whatever the data (a loss scale, a temperature).
-        at: the smallest magnitude among its inputs, at the element with the largest signal: next
-            to 0 near a pole.
+        at: the smallest magnitude among its inputs, at the element with the largest signal.
+        sensitive: whether the factor falls tenfold, or is lost, when the inputs are moved by a
+            thousandth of their size, as it does near a pole; None if that was not tried.
     """
 
     place: Place
     factor: float
     linear: bool = False
     at: float = float("nan")
+    sensitive: bool | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Growth of the signal from operation to operation, where no weights show it.
+
+    Attributes:
+        place: the operation with the largest signal.
+        total: that signal over the one at the model's end, but no more than the largest gradient
+            of a parameter over that.
+        spread: the same without the largest single factor.
+        operations: how many operations raised it.
+    """
+
+    place: Place
+    total: float
+    spread: float
+    operations: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A tensor that was not finite before the step, and from which the loss became so.
+
+    Attributes:
+        name: "batch[0]", a parameter's or a buffer's name; "" for a tensor from elsewhere.
+        place: who read it.
+    """
+
+    name: str
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -240,12 +276,14 @@ class Measurements:
             own format, is not.
         tensors: batch, parameters and buffers.
         raised: what stopped the step, if something did.
+        origin: the tensor that brought a non-finite number in, if one did.
         forward: the first non-finite operation of the forward pass, if it reached the loss.
         backward: that of the backward pass, after a finite forward pass.
         layers: uses of weights, in the order of the forward pass; empty if not measured.
         revives: after one small step down the gradient, the signal reaches every weight; None if
             it reached them all before, or was not measured.
         jump: the largest gain of one operation.
+        chain: growth along the operations; None if not measured.
         float64: the step in float64; None if it could not be run.
         optimizer: None without one.
         curvature: None without an optimiser, or if not measured.
@@ -262,11 +300,13 @@ class Measurements:
     norm_overflows: bool = False
     tensors: tuple[TensorFacts, ...] = ()
     raised: Raised | None = None
+    origin: Origin | None = None
     forward: Event | None = None
     backward: Event | None = None
     layers: tuple[LayerUse, ...] = field(default=(), repr=False)
     revives: bool | None = None
     jump: Jump | None = None
+    chain: Chain | None = None
     float64: Float64 | None = None
     optimizer: OptimizerFacts | None = None
     curvature: Curvature | None = None

@@ -14,7 +14,8 @@ Gradient = Callable[[bool], list[torch.Tensor]]
 
 def flat(tensors: Sequence[torch.Tensor]) -> np.ndarray:
     """All elements in one vector, in at least float32."""
-    parts = [np.ravel(t.detach().double().cpu().numpy()) for t in tensors]
+    dense = [t.detach().to_dense() if t.is_sparse else t.detach() for t in tensors]
+    parts = [np.ravel(t.double().cpu().numpy()) for t in dense]
     small = sum(part.size for part in parts) < 2**16
     return np.concatenate(parts).astype(np.float64 if small else np.float32, copy=False)
 

@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 _CASTS = {torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float}
 
 
+_NARROW = {torch.float16, torch.bfloat16, torch.float32}
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype.is_floating_point else dtype
 
@@ -30,16 +33,24 @@ def widen(tree: Any) -> Any:
 
 
 class _Float64Mode(TorchFunctionMode):
-    """Every dtype of floating point that is asked for becomes float64."""
+    """Every dtype of floating point that is asked for becomes float64, and every tensor read."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _CASTS:
             func, args, kwargs = torch.Tensor.double, args[:1], {}
 
         def cast(leaf: Any) -> Any:
-            return _wide(leaf) if isinstance(leaf, torch.dtype) else leaf
+            if isinstance(leaf, torch.dtype):
+                return _wide(leaf)
+            if isinstance(leaf, torch.Tensor) and leaf.dtype in _NARROW:
+                return leaf.double()  # a constant of the program's own
+            return leaf
 
-        args, kwargs = pytree.tree_map(cast, (args, kwargs or {}))
+        # What is written into must be the tensor itself.
+        name = getattr(func, "__name__", "")
+        kept = int((name.endswith("_") and not name.endswith("__")) or name == "__setitem__")
+        rest, kwargs = pytree.tree_map(cast, (args[kept:], kwargs or {}))
+        args = (*args[:kept], *rest)
         return func(*args, **kwargs)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -39,6 +40,11 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
     generators = {
         key: value.get_state() for key, value in now.items() if isinstance(value, torch.Generator)
     }
+    containers = {
+        key: copy.copy(value)
+        for key, value in now.items()
+        if key not in tables and isinstance(value, list | dict | set | deque)
+    }
 
     def restore() -> None:
         vars(module).clear()
@@ -52,12 +58,38 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
                     now[key].copy_(value)
         for key, value in generators.items():
             now[key].set_state(value)
+        for key, value in containers.items():
+            held = now[key]
+            held.clear()
+            (held.extend if isinstance(held, list | deque) else held.update)(value)
 
     return restore
 
 
+def _held_generators(function: Callable) -> Callable[[], None]:
+    """The same for generators that a function refers to by name."""
+    with suppress(TypeError, ValueError):
+        names = inspect.getclosurevars(function)
+        held = [*names.nonlocals.values(), *names.globals.values()]
+        ours = [(g, g.get_state()) for g in held if isinstance(g, torch.Generator)]
+        ours_numpy = [
+            (g.bit_generator, g.bit_generator.state)
+            for g in held
+            if isinstance(g, np.random.Generator)
+        ]
+
+        def rewind() -> None:
+            for generator, state in ours:
+                generator.set_state(state)
+            for generator, state in ours_numpy:
+                generator.state = state
+
+        return rewind
+    return lambda: None
+
+
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
+def untouched(model: nn.Module, loss_fn: Callable) -> Iterator[Callable[[], None]]:
     """Inside, the model computes on copies of its parameters and buffers; afterwards all is back.
 
     The tensors' own storage is put aside and never written.  Gradients, training mode, plain
@@ -69,7 +101,12 @@ def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
     """
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
     kept = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for tensor in tensors]
-    rewind = _random_states()
+    global_state, held = _random_states(), _held_generators(loss_fn)
+
+    def rewind() -> None:
+        global_state()
+        held()
+
     with ExitStack() as back:
         # A graph that still waits for its backward pass must not think its inputs have changed.
         back.enter_context(torch.autograd._unsafe_preserve_version_counter(tuple(tensors)))

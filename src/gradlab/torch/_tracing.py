@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from gradlab.measurements import Event, Jump, LayerUse, Place, source_line
+from gradlab.measurements import Chain, Event, Jump, LayerUse, Origin, Place, source_line
 from gradlab.torch._float64 import float64
 from gradlab.torch.probe import gradient_norms
 
@@ -37,7 +38,6 @@ _REPARAMETRISED = ("parametrizations", "weight_g", "weight_v", "weight_orig")
 _REARRANGES = ("T", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "ReshapeAlias")
 _REARRANGES += ("Expand", "Unsqueeze", "Squeeze", "ToCopy", "Clone", "Select", "Slice", "Split")
 _REARRANGES += ("UnsafeSplit", "SplitWithSizes", "Unbind", "Alias", "AsStrided", "MkldnnReorder")
-_CONSTANT_FACTORS = {"mul", "div", "true_divide", "divide", "multiply", "truediv"}
 
 
 @dataclass
@@ -69,7 +69,12 @@ class Call:
 
 
 def _bad(tensor: torch.Tensor) -> str:
-    if tensor.numel() == 0 or bool(torch.isfinite(tensor.detach()).all()):
+    """ "" / "inf" / "nan"; of a tensor inside vmap, which has no single answer, "" too."""
+    if (
+        is_functorch_wrapped_tensor(tensor)
+        or tensor.numel() == 0
+        or bool(torch.isfinite(tensor.detach()).all())
+    ):
         return ""
     return "nan" if bool(torch.isnan(tensor.detach()).any()) else "inf"
 
@@ -92,6 +97,7 @@ def floats(tree: Any) -> list[torch.Tensor]:
         if isinstance(leaf, torch.Tensor)
         and leaf.is_floating_point()
         and leaf.layout == torch.strided
+        and not is_functorch_wrapped_tensor(leaf)
     ]
 
 
@@ -129,10 +135,22 @@ class Trace(TorchFunctionMode):
     Args:
         model: names the modules.
         check: look at every number for inf and NaN, which costs.
+        suspects: names, by id, of the tensors that are not finite before the step.
+
+    Attributes:
+        calls: what happened.
+        raised_in: the operation that raised, if one did.
+        failed_in: the module that an exception passed first.
+        origin: after `forward_event`, the tensor that brought a non-finite number in.
     """
 
-    def __init__(self, model: nn.Module, *, check: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, check: bool, suspects: dict[int, str] | None = None
+    ) -> None:
         super().__init__()
+        self.origin: Origin | None = None
+        self.failed_in: str | None = None
+        self._suspects = suspects or {}
         self.calls: list[Call] = []
         self.raised_in: Call | None = None
         self._check = check
@@ -142,6 +160,7 @@ class Trace(TorchFunctionMode):
         self._maker: dict[int, int] = {}
         self._state: dict[int, str] = {}
         self._alive: list[torch.Tensor] = []
+        self._sizes: list[float] | None = None
 
     # -- where we are --------------------------------------------------------------------------
 
@@ -155,7 +174,9 @@ class Trace(TorchFunctionMode):
 
         def leave(module: nn.Module, args: tuple, output: object) -> None:
             if self._stack:
-                self._stack.pop()
+                name = self._stack.pop()
+                if self.failed_in is None and sys.exc_info()[0] is not None:
+                    self.failed_in = name
 
         handles = [
             module_hooks.register_module_forward_pre_hook(enter),
@@ -250,6 +271,7 @@ class Trace(TorchFunctionMode):
             return None
         number, path = self._maker.get(id(loss), -1), []
         seen: set[int] = set()
+        entered = -1  # where the path leaves what we have seen
         while number >= 0 and number not in seen:
             seen.add(number)
             path.append(number)
@@ -260,18 +282,37 @@ class Trace(TorchFunctionMode):
             if worst is None:
                 break
             number = worst[1]
+            entered = path[-1] if number < 0 else -1
         if not path:
             return None
-        origin = self.calls[path[-1]]
-        if origin.constant or any(origin.bad_inputs):
+        first = self.calls[path[-1]]
+        if entered >= 0 and (event := self._came_in(entered)) is not None:
+            return event
+        if self.origin is not None:
+            return None
+        if first.constant or any(first.bad_inputs):
             # An inf that was put there on purpose, as in a mask: to blame is who made NaN of it.
             for index in reversed(path):
                 call = self.calls[index]
                 if call.bad == "nan" and "nan" not in call.bad_inputs:
                     return self._event(index, "forward", call.bad)
-            if any(bad == "nan" for bad in origin.bad_inputs):
-                return None  # a NaN came in with the batch or a parameter
-        return self._event(path[-1], "forward", origin.bad or "nan")
+        return self._event(path[-1], "forward", first.bad or "nan")
+
+    def _came_in(self, index: int) -> Event | None:
+        """What a bad input that no call has made tells: an origin, or an operation unseen."""
+        call = self.calls[index]
+        entries = zip(call.inputs, call.makers, call.bad_inputs, strict=True)
+        for tensor, maker, bad in sorted(entries, key=lambda entry: entry[2] != "nan"):
+            if maker >= 0 or not bad:
+                continue
+            name = self._suspects.get(id(tensor))
+            if name is None and tensor.grad_fn is not None:
+                place = Place(call.place.module, _kind(tensor.grad_fn), self.place(index).source)
+                return Event(place, "forward", bad)
+            if name is not None or bad == "nan":
+                self.origin = Origin(name or "", self.place(index))
+                return None
+        return None
 
     def backward_event(self) -> Event | None:
         """The first operation of the backward pass with a finite signal and a bad slope."""
@@ -308,8 +349,16 @@ class Trace(TorchFunctionMode):
                 return False
         return True
 
-    def replay(self, index: int, *, wide: bool = False) -> list[torch.Tensor | None]:
-        """The slopes of one call alone: its signal carried back to each of its inputs."""
+    def replay(
+        self, index: int, *, wide: bool = False, move: float = 0.0
+    ) -> list[torch.Tensor | None]:
+        """The slopes of one call alone: its signal carried back to each of its inputs.
+
+        Args:
+            index: which call.
+            wide: in float64.
+            move: move the inputs by this share of their size first.
+        """
         call = self.calls[index]
         leaves: dict[int, torch.Tensor] = {}
 
@@ -320,6 +369,9 @@ class Trace(TorchFunctionMode):
                 copied = leaf.detach().clone()
                 if wide and copied.is_floating_point():
                     copied = copied.double()
+                if move and leaf.requires_grad:
+                    typical = copied.pow(2).mean().sqrt()
+                    copied += move * (copied.abs() + torch.where(typical > 0, typical, 1.0))
                 leaves[id(leaf)] = copied.requires_grad_(leaf.requires_grad)
             # In-place operations may not change a leaf.
             return leaves[id(leaf)].clone() if leaf.requires_grad else leaves[id(leaf)]
@@ -386,14 +438,7 @@ class Trace(TorchFunctionMode):
         Args:
             weights: ids of the parameters.
         """
-        flat = [s for call in self.calls for s in call.signals if s is not None]
-        norms = dict(zip(map(id, flat), gradient_norms(flat), strict=True))
-
-        def norm(number: int) -> float:
-            kept = [norms[id(s)] for s in self.calls[number].signals if s is not None]
-            return float(np.hypot.reduce(kept)) if kept else 0.0
-
-        sizes = [norm(index) for index in range(len(self.calls))]
+        sizes = self._norms()
         # The largest signal between an operation and the loss.
         reached = np.maximum.accumulate(np.array(sizes[::-1] or [0.0]))[::-1]
         candidates, left = [], 0.0  # left: the largest signal at the weights so far
@@ -418,12 +463,59 @@ class Trace(TorchFunctionMode):
                 continue
             factor = min(gradient_norms(slopes).max(initial=0.0) / sizes[index], rough)
             if best is None or factor > best.factor:
-                call = self.calls[index]
-                moving = sum(tensor.requires_grad for tensor in call.inputs)
-                linear = call.place.operation in _CONSTANT_FACTORS and moving == 1
-                at = self._smallest_input(index, slopes)
-                best = Jump(self.place(index), float(factor), linear, at)
+                best = Jump(
+                    self.place(index),
+                    float(factor),
+                    at=self._smallest_input(index, slopes),
+                    **self._when_moved(index),
+                )
         return best
+
+    def _when_moved(self, index: int) -> dict[str, Any]:
+        """How the slopes of a call change when its inputs move by a thousandth of their size."""
+        try:
+            with float64():
+                here = [s for s in self.replay(index, wide=True) if s is not None]
+                there = [s for s in self.replay(index, wide=True, move=1e-3) if s is not None]
+        except Exception:
+            return {}
+        size, moved = gradient_norms(here).max(initial=0.0), gradient_norms(there).max(initial=0.0)
+        apart = gradient_norms(a - b for a, b in zip(here, there, strict=True)).max(initial=0.0)
+        return {
+            "linear": bool(apart <= 1e-9 * size),
+            "sensitive": not np.isfinite(moved) or bool(moved < size / 10),
+        }
+
+    def chain(self, largest: float) -> Chain | None:
+        """Growth of the signal from operation to operation.
+
+        Args:
+            largest: norm of the largest gradient of a parameter.
+        """
+        norms = self._norms()
+        inside = [i for i, call in enumerate(self.calls) if call.place.module != "loss"]
+        known = [i for i in reversed(inside or range(len(self.calls))) if norms[i] > 0]
+        if not known:
+            return None
+        base = reached = norms[known[0]]
+        peak, factors = known[0], []
+        for index in known:
+            if norms[index] > 1.02 * reached:
+                factors.append(norms[index] / reached)
+                reached, peak = norms[index], index
+        total = min(reached, largest) / base
+        return Chain(self.place(peak), total, total / max(factors, default=1.0), len(factors))
+
+    def _norms(self) -> list[float]:
+        """Norm of the signal at each call's results."""
+        if self._sizes is None:
+            flat = [s for call in self.calls for s in call.signals if s is not None]
+            norms = iter(gradient_norms(flat))
+            self._sizes = [
+                float(np.hypot.reduce([0.0, *(next(norms) for s in call.signals if s is not None)]))
+                for call in self.calls
+            ]
+        return self._sizes
 
     def _smallest_input(self, index: int, slopes: list[torch.Tensor]) -> float:
         """Magnitude of the inputs where the slope is largest."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from gradlab import diagnosis
@@ -68,7 +70,8 @@ def diagnose(
     The costs are about those of 50 training steps.
 
     Whatever the model does, raising included, ends up in the diagnosis.  The loop around the step
-    is not seen: clipping in it, gradient scaling and warm-up are yours to think of.
+    is not seen: clipping in it, gradient scaling and warm-up are yours to think of.  Recurrent
+    layers run step by step here, so an LSTM costs more: its own training step is one fused call.
 
     Args:
         model: in the mode and on the device in which it fails.  A compiled model is run without
@@ -83,17 +86,15 @@ def diagnose(
     Raises:
         TypeError: a model that is no module, a loss_fn that cannot be called, an optimiser that is
             none.
-        ValueError: a loss that is not one number.
+        ValueError: a loss that is not one number, or a model whose lazy layers have no weights yet.
     """
     model, optimizer = _checked(model, loss_fn, optimizer)
     notes: list[str] = []
     found: dict[str, Any] = {}
     with ExitStack() as stack:
-        start_over = stack.enter_context(untouched(model))
+        start_over = stack.enter_context(untouched(model, loss_fn))
         stack.enter_context(_plain_kernels(model))
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        found["tensors"] = _facts(model, batch)
-        step = _Step(model, loss_fn, batch, parameters)
+        step = _Step(model, loss_fn, batch)
 
         def measure(what: str, measurement: Callable[[], Any]) -> Any:
             """A measurement that fails is a note, never an error."""
@@ -106,18 +107,34 @@ def diagnose(
                 notes.append(f"{what}: {type(error).__name__}: {error}")
                 return None
 
-        found |= measure("the step", lambda: step.traced(check=False)) or {}
+        found["tensors"] = (
+            measure("the batch and the parameters", lambda: _facts(model, batch)) or ()
+        )
+        found |= measure("the step", lambda: step.traced()) or {}
         gradients = found.pop("_gradients", None)
         finite = gradients is not None and math.isfinite(found["loss"])
         finite = finite and all(math.isfinite(norm) for _, norm in found["gradients"])
         if not finite and "raised" not in found:
-            found |= measure("the first bad operation", lambda: step.traced(check=True)) or {}
-            found.pop("_gradients", None)
-        if finite and any(use.signal == 0 for use in found["layers"]):
-            found["revives"] = measure("after a small step", lambda: step.revives(gradients))
+            suspects = [facts.name for facts in found["tensors"] if facts.not_finite]
+            seen = measure("the first bad operation", lambda: step.traced(suspects)) or {}
+            if "raised" in seen:
+                notes.append(f"the first bad operation: {seen['raised'].error}")
+            else:
+                found |= seen
+                found.pop("_gradients", None)
         if "raised" not in found:
-            wide = measure("the step in float64", lambda: step.in_float64(gradients))
-            found["float64"] = wide
+            found["tensors"] = (
+                measure(
+                    "large inputs", lambda: step.which_matter(found["tensors"], found, start_over)
+                )
+                or found["tensors"]
+            )
+        if finite and any(use.signal == 0 for use in found["layers"]):
+            found["revives"] = measure("after a small step", lambda: step.revives())
+        if "raised" not in found:
+            found["float64"] = measure(
+                "the step in float64", lambda: step.in_float64(gradients, start_over)
+            )
         if finite and optimizer is not None:
             found |= _step_size(step, optimizer, measure, notes, start_over)
         found.setdefault("loss", math.nan)
@@ -135,6 +152,9 @@ def _checked(
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"run the model once, so that it has weights: {lazy[0]} has no shape yet")
     if not callable(loss_fn):
         raise TypeError(
             f"loss_fn must be a function of (model, batch), got {type(loss_fn).__name__}"
@@ -185,7 +205,7 @@ def _describe(name: str, role: str, tensor: torch.Tensor) -> TensorFacts:
     numbers = tensor[good].double()
     low, high = (numbers.min().item(), numbers.max().item()) if numbers.numel() else (0.0, 0.0)
     bad = tensor.numel() - int(good.sum())
-    mask = role == "batch" and not integer and high <= 0 and not bool(torch.isnan(tensor).any())
+    mask = role != "parameter" and not integer and high <= 0 and not bool(torch.isnan(tensor).any())
     # An additive mask: 0 where one may look, −inf or a large negative number where not.
     mask = mask and not bool(((tensor < 0) & (tensor > -1e4)).any()) and bool((tensor == 0).any())
     mask = mask and not bool(torch.isposinf(tensor).any())
@@ -202,16 +222,18 @@ def _facts(model: nn.Module, batch: Any) -> tuple[TensorFacts, ...]:
     for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fiub":
             leaf = torch.as_tensor(leaf)
-        if isinstance(leaf, torch.Tensor) and not leaf.is_quantized:
-            found.append(_describe(f"batch{pytree.keystr(path)}", "batch", leaf))
+        if isinstance(leaf, torch.Tensor):
+            with suppress(NotImplementedError, RuntimeError):  # nested, quantised, float8, …
+                found.append(_describe(f"batch{pytree.keystr(path)}", "batch", leaf))
     for role, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
             if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
                 continue
-            low, high = torch.aminmax(tensor.detach())
-            largest = max(abs(low.item()), abs(high.item()))
-            if not largest < diagnosis.OUT_OF_RANGE:
-                found.append(_describe(name, role, tensor))
+            with suppress(NotImplementedError, RuntimeError):
+                plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                low, high = torch.aminmax(plain.detach())
+                if not max(abs(low.item()), abs(high.item())) < diagnosis.OUT_OF_RANGE:
+                    found.append(_describe(name, role, tensor))
     return tuple(found)
 
 
@@ -223,15 +245,25 @@ class _Step:
     """The user's step, and the ways to run it.
 
     Args:
-        model, loss_fn, batch: as `diagnose` gets them.
-        parameters: the trainable ones, by name.
+        model: as `diagnose` gets it.
+        loss_fn: as `diagnose` gets it.
+        batch: as `diagnose` gets it; each run is given a copy, which it may change.
     """
 
-    def __init__(
-        self, model: nn.Module, loss_fn: LossFunction, batch: Any, parameters: dict
-    ) -> None:
-        self.model, self.loss_fn, self.batch = model, loss_fn, batch
-        self.parameters = parameters
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, batch: Any) -> None:
+        self.model, self.loss_fn, self._batch = model, loss_fn, batch
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    @property
+    def batch(self) -> Any:
+        """A copy of the batch."""
+
+        def copied(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+        return pytree.tree_map(copied, self._batch)
 
     def loss(self, batch: Any = None) -> torch.Tensor:
         """The loss, one number."""
@@ -243,22 +275,38 @@ class _Step:
 
     def gradient(self, loss: torch.Tensor, *, graph: bool = False) -> list[torch.Tensor | None]:
         """The loss's gradient by each parameter; `.grad` is left alone."""
-        if not loss.requires_grad or not self.parameters:
-            return [None] * len(self.parameters)
-        return list(
-            torch.autograd.grad(
-                loss, list(self.parameters.values()), create_graph=graph, allow_unused=True
-            )
-        )
+        wanted = list(self.parameters.values())
+        if not loss.requires_grad or not wanted:
+            return [None] * len(wanted)
+        found = list(torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True))
+        if not graph and all(g is None for g in found):
+            # A reentrant checkpoint lets nothing through but a backward pass of the whole graph.
+            for p in wanted:
+                p.grad = None
+            self.loss().backward()
+            found = [p.grad for p in wanted]
+        return found
 
-    def traced(self, *, check: bool) -> dict[str, Any]:
-        """Run it with every operation watched."""
-        trace = Trace(self.model, check=check)
+    def traced(self, suspects: list[str] | None = None) -> dict[str, Any]:
+        """Run it with every operation watched.
+
+        Args:
+            suspects: names of the tensors that are not finite before the step; if given, the first
+                bad operation is looked for.
+        """
+        batch, check = self.batch, suspects is not None
+        named = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        named |= {
+            f"batch{pytree.keystr(path)}": leaf
+            for path, leaf in pytree.tree_flatten_with_path(batch)[0]
+        }
+        names = {id(named[name]): name for name in suspects or () if name in named}
+        trace = Trace(self.model, check=check, suspects=names)
         try:
             with trace.watching():
-                loss = self.loss_fn(self.model, self.batch)
+                loss = self.loss_fn(self.model, batch)
         except Exception as error:
-            return {"raised": _raised(error, trace, self.batch)}
+            return {"raised": _raised(error, trace, batch)}
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise _NotScalar(f"loss_fn must return one number as a tensor, got {got}")
@@ -279,12 +327,14 @@ class _Step:
             found["norm_overflows"] = not math.isfinite(own)
         if check:
             found["forward"] = trace.forward_event(loss)
-            if found["forward"] is None and not math.isfinite(total):
+            found["origin"] = trace.origin
+            if math.isfinite(found["loss"]):
                 found["backward"] = trace.backward_event()
             if found["forward"] is not None:
                 found["layers"] = self._outputs(trace)
         elif math.isfinite(total) and math.isfinite(found["loss"]):
             found["jump"] = trace.jump({id(p) for p in self.parameters.values()})
+            found["chain"] = trace.chain(norms.max(initial=0.0))
         return found
 
     def _outputs(self, trace: Trace) -> tuple[LayerUse, ...]:
@@ -301,7 +351,44 @@ class _Step:
             for i, ((name, _), norm) in enumerate(zip(uses, norms, strict=True))
         )
 
-    def in_float64(self, own: list[torch.Tensor | None] | None) -> Float64:
+    def which_matter(
+        self,
+        tensors: tuple[TensorFacts, ...],
+        found: dict[str, Any],
+        start_over: Callable[[], None],
+    ) -> tuple[TensorFacts, ...]:
+        """Of the tensors with large numbers, whether scaling them down to 1 changes the step."""
+        total = float(np.hypot.reduce([0.0, *(norm for _, norm in found["gradients"])]))
+        bad = not (math.isfinite(total) and math.isfinite(found["loss"]))
+        own = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        tried, left = [], 4
+        for facts in tensors:
+            large = facts.largest >= diagnosis.OUT_OF_RANGE and not facts.integer
+            if not large or left == 0 or not (bad or total > diagnosis.LARGE_GRADIENT):
+                tried.append(facts)
+                continue
+            left -= 1
+            start_over()
+            batch = self.batch
+            if facts.role != "batch":
+                own[facts.name].data /= facts.largest
+            else:
+                batch = pytree.tree_map_with_path(
+                    lambda path, leaf, name=facts.name, size=facts.largest: (
+                        leaf / size if f"batch{pytree.keystr(path)}" == name else leaf
+                    ),
+                    batch,
+                )
+            loss = self.loss(batch)
+            norms = gradient_norms(g for g in self.gradient(loss) if g is not None)
+            now = float(total_norm(norms)) if math.isfinite(loss.item()) else math.nan
+            matters = math.isfinite(now) and (bad or now < total / 1000)
+            tried.append(replace(facts, matters=matters))
+        return tuple(tried)
+
+    def in_float64(
+        self, own: list[torch.Tensor | None] | None, start_over: Callable[[], None]
+    ) -> Float64:
         """Run it in float64, and compare with the gradient in the model's own format."""
         before = torch.get_rng_state()
         with float64(self.model) as widen:
@@ -322,31 +409,47 @@ class _Step:
             if not random and total > 0:
                 apart = gradient_norms(a - b for a, b in pairs)
                 difference = float(total_norm(apart) / total)
+                if difference > 0.05:
+                    # Is it the format?  Random numbers of a generator we do not know would do it.
+                    start_over()
+                    again = [g for g in self.gradient(self.loss()) if g is not None]
+                    moved = gradient_norms(
+                        a.to_dense().double() - b for a, (b, _) in zip(again, pairs, strict=True)
+                    )
+                    if total_norm(moved) > difference * total / 10:
+                        difference = None
             vanished = sum(int(((a == 0) & (b != 0)).sum()) for a, b in pairs)
             lost = vanished / max(sum(int((b != 0).sum()) for _, b in pairs), 1)
         return Float64(loss.item(), float(total), finite, difference, lost, weights.uses())
 
-    def revives(self, gradients: list[torch.Tensor | None]) -> bool:
-        """Whether the signal reaches every weight after a small step down the gradient."""
-        pairs = [
-            (p, g)
-            for p, g in zip(self.parameters.values(), gradients, strict=True)
-            if g is not None and not g.is_sparse
-        ]
-        slope = float(total_norm(gradient_norms(g for _, g in pairs)))
-        size = float(total_norm(gradient_norms(p for p, _ in pairs)))
-        if slope == 0:
-            return False
-        for p, g in pairs:
-            p.data -= (0.01 * (size + 1) / slope * g).to(p.dtype)
-        loss = self.loss()
-        weights = Weights(loss, self.parameters)
-        self.gradient(loss)
-        return all(use.signal > 0 for use in weights.uses())
+    def revives(self) -> bool:
+        """Whether the signal reaches every weight after a few small steps down the gradient."""
+        silent = math.inf
+        while True:
+            loss = self.loss()
+            weights = Weights(loss, self.parameters)
+            gradients = self.gradient(loss)
+            strongest: dict[str, float] = {}
+            for use in weights.uses():
+                strongest[use.parameter] = max(use.signal, strongest.get(use.parameter, 0.0))
+            before, silent = silent, sum(signal == 0 for signal in strongest.values())
+            if silent == 0 or silent >= before:
+                return silent == 0
+            pairs = [
+                (p, g)
+                for p, g in zip(self.parameters.values(), gradients, strict=True)
+                if g is not None and not g.is_sparse
+            ]
+            slope = float(total_norm(gradient_norms(g for _, g in pairs)))
+            size = float(total_norm(gradient_norms(p for p, _ in pairs)))
+            if slope == 0:
+                return False
+            for p, g in pairs:
+                p.data -= (0.01 * (size + 1) / slope * g).to(p.dtype)
 
     def halves(self) -> bool | None:
         """Whether the losses of the batch's halves add up to that of the batch."""
-        leaves = [t for t in pytree.tree_leaves(self.batch) if isinstance(t, torch.Tensor)]
+        leaves = [t for t in pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor)]
         sizes = {t.shape[0] for t in leaves if t.dim()}
         if len(sizes) != 1 or (size := sizes.pop()) < 2 or size % 2:
             return None
@@ -368,7 +471,8 @@ def _raised(error: Exception, trace: Trace, batch: Any) -> Raised:
     call = trace.raised_in
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if call is None:
-        return Raised(Place("model", "", raised_at(error)), said)
+        module = "loss" if trace.failed_in is None else trace.failed_in
+        return Raised(Place(module, "", raised_at(error)), said)
     leaves = [
         t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)
     ]
@@ -400,10 +504,10 @@ def _by_value(call: Call) -> bool:
         if leaf.dim() >= 2 and leaf.shape[-1] == leaf.shape[-2]:
             # A matrix that can be inverted, and has a Cholesky factor.
             numbers = (numbers + numbers.mT) / 2 + len(numbers) * torch.eye(leaf.shape[-1])
-        return numbers.to(leaf)
+        return numbers.to(leaf).requires_grad_(leaf.requires_grad)
 
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             args, kwargs = pytree.tree_map(tame, (call.args, call.kwargs))
             call.function(*args, **kwargs)
     except Exception:
@@ -416,7 +520,10 @@ def _one_sample(call: Call) -> bool:
     if not call.inputs or "norm" not in call.place.operation:
         return False
     x = call.inputs[0]
-    return x.dim() >= 2 and x.numel() == x.shape[1]
+    if x.dim() < 2:
+        return False
+    each_sample = x.dim() > 2 and "instance" in call.place.operation
+    return x.numel() == (x.shape[0] * x.shape[1] if each_sample else x.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------
