@@ -45,8 +45,8 @@ STEADY_GROWTH = (20.0, 1.12)
 """… or this total, at this rate a layer or more, over ten layers or more."""
 JUMP = 1e4
 """Growth at a single place that counts."""
-NEAR_POLE, AT_POLE = 1e-2, 1e-6
-"""An input at most this large counts as next to 0; the second, where moving it was tried too."""
+NEAR_POLE = 1e-2
+"""An input at most this large counts as next to 0, where it was not tried to move it."""
 VANISHED = 1e-6
 """Signal at the first layers, relative to the last one, below which they do not learn."""
 DIFFERENT = {"float16": 0.5, "bfloat16": 0.5}
@@ -375,7 +375,7 @@ def _events(m: Measurements) -> Iterator[Finding]:
         )
         evidence += "that `where` throws away, and 0 × inf is NaN. "
         yield _finding("singularity", where, evidence + _cure(m), "masked branch", source)
-    elif event.in_float64 is False or (event.in_float64 is None and event.made == "nan"):
+    elif event.in_float64 is False or (event.in_float64 is None and _undefined(m, event)):
         if event.in_float64 is False:
             evidence += "On the same inputs it is not finite in float64 either. "
         if m.float64 is not None and m.float64.finite:
@@ -385,6 +385,11 @@ def _events(m: Measurements) -> Iterator[Finding]:
         evidence += f"On the same inputs in float64 it is finite: {m.dtype} is too small for the "
         evidence += "result. "
         yield _finding("precision", where, evidence + _cure(m), "overflow", source)
+
+
+def _undefined(m: Measurements, event: Event) -> bool:
+    """Whether an operation that could not be tried alone lacks a value, for all that is known."""
+    return event.made == "nan" or (m.float64 is not None and not m.float64.finite)
 
 
 def _bad_before(m: Measurements) -> bool:
@@ -458,7 +463,7 @@ def _near_pole(m: Measurements) -> bool:
         jump
         and not jump.linear
         and jump.factor >= JUMP
-        and (jump.at <= (NEAR_POLE if jump.sensitive is None else AT_POLE) or jump.sensitive)
+        and (jump.at <= NEAR_POLE if jump.sensitive is None else jump.sensitive)
         and total_norm(m) >= math.sqrt(JUMP)
         and finite_step(m)
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch_cases import (
     CASES,
     CONTROLS,
@@ -293,6 +294,39 @@ def test_a_batch_of_any_shape():
     diagnosis = diagnose(model, lambda m, b: cross_entropy(m, (b["x"], b["more"][0])), batch)
     assert (diagnosis.kind, diagnosis.where) == ("bad input", "batch")
     assert "batch['x']: 1 of 4096 numbers" in diagnosis.findings[0].evidence
+
+
+def test_a_loss_function_may_eat_its_batch():
+    model, batch = deep(1.0, 2), dict(zip(("x", "labels"), digits(), strict=True))
+    kept = batch["x"].clone()
+
+    def loss_fn(model, batch):
+        batch["x"].div_(2)
+        return F.cross_entropy(model(batch["x"]), batch.pop("labels"))
+
+    diagnosis = diagnose(model, loss_fn, batch, optimizer=sgd(model, 0.01))
+    assert (diagnosis.kind, diagnosis.notes) == ("healthy", ())
+    assert set(batch) == {"x", "labels"}
+    assert torch.equal(batch["x"], kept)
+
+
+def test_it_asks_the_loss_function_a_few_dozen_times_at_most():
+    for case in CASES:
+        model, loss_fn, batch, optimizer = case.failing()
+        calls = []
+
+        def counted(m, b, loss_fn=loss_fn, calls=calls):
+            calls.append(1)
+            return loss_fn(m, b)
+
+        diagnose(model, counted, batch, optimizer=optimizer)
+        assert len(calls) <= 48, case.name
+
+
+def test_a_model_without_weights_yet():
+    model = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match="run the model once"):
+        diagnose(model, lambda m, b: m(b).sum(), torch.ones(2, 4))
 
 
 def test_parameters_that_are_already_lost():

@@ -284,6 +284,38 @@ def ones(n: int, width: int, value: float) -> list[list[float]]:
     return [[value] * width for _ in range(n)]
 
 
+class Hyper(nn.Module):
+    """A dozen layers whose weights another layer makes."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.maker, self.head = nn.Linear(8, 12 * 64 * 64), nn.Linear(64, 10)
+        nn.init.normal_(self.maker.weight, std=gain * math.sqrt(2 / 64) / math.sqrt(8))
+        nn.init.zeros_(self.maker.bias)
+        self.register_buffer("code", torch.ones(8))
+
+    def forward(self, x):
+        for weight in self.maker(self.code).reshape(12, 64, 64):
+            x = F.relu(x @ weight)
+        return self.head(x)
+
+
+def linear_regression(share: float) -> Step:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 8) * torch.tensor([3.0] + [1.0] * 7), torch.randn(64)
+    model = nn.Linear(8, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    features = torch.cat([x, torch.ones(64, 1)], 1)
+    sharpness = torch.linalg.eigvalsh(2 * features.T @ features / 64)[-1].item()
+    return step(model, squared_error, (x, y + x[:, 1]), share * 2 / sharpness)
+
+
+def closure_nan() -> Step:
+    scale = torch.tensor([math.nan])
+    return step(deep(1.0, 1), lambda m, b: (cross_entropy(m, b) * scale).sum(), digits())
+
+
 CASES = [
     Case(
         "1 sqrt of 0",
@@ -507,6 +539,29 @@ CASES = [
     Case("24 inputs of 1e10", lambda: large_inputs(1e10), "bad input", ("batch",), huge,
          lambda: large_inputs(1.0)),
     Case(
+        "one network makes the other's weights",
+        lambda: step(Hyper(2.0), cross_entropy, digits(), None),
+        "explosion",
+        ("model", "maker"),
+        huge,
+        lambda: step(Hyper(0.5), cross_entropy, digits(), 0.01),
+    ),
+    Case(
+        "a step above the limit that falls at first",
+        lambda: linear_regression(1.1),
+        "divergence",
+        ("weight", "bias"),
+        plain,
+        lambda: linear_regression(0.5),
+    ),
+    Case(
+        "NaN in a tensor of the loss function's own",
+        closure_nan,
+        "bad input",
+        ("loss",),
+        bad_loss,
+    ),
+    Case(
         "24 poisoned running statistics",
         poisoned_batch_norm,
         "bad input",
@@ -523,6 +578,7 @@ TWINS = [[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0,
 EYE = torch.eye(4).tolist()
 
 SINGULAR = {
+    "a pole away from 0": (lambda h: 1 / (h - 3), [[3.0, 1.0, 2.0, 4.0]]),
     "1/x": (lambda h: 1 / h, [[0.0, 1.0, 2.0, 3.0]]),
     "x/x": (lambda h: h / h.detach(), [[0.0, 1.0, 2.0, 3.0]]),
     "x/std": (lambda h: (h - h.mean()) / h.std(), [[1.0, 1.0, 1.0, 1.0]]),
@@ -738,6 +794,41 @@ def regression(target: float, lr: float) -> Step:
     return step(model, squared_error, (x, y.float() * target), lr)
 
 
+class TwoGates(nn.Module):
+    """A branch behind two factors that both start at 0, and a head that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        self.gate = nn.Parameter(torch.zeros(64))
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        return self.head(x + self.gate * F.relu(self.two(x)))
+
+
+def with_buffer(buffer: torch.Tensor) -> Step:
+    model = deep(1.0, 1)
+    model.register_buffer("extra", buffer)
+    return step(model, cross_entropy, digits(), 0.05)
+
+
+def noisy(generator: torch.Generator) -> Step:
+    def loss_fn(model, batch):
+        return cross_entropy(
+            model, (batch[0] + torch.randn(batch[0].shape, generator=generator), batch[1])
+        )
+
+    return step(deep(1.0, 2), loss_fn, digits(), 0.01)
+
+
+def tiny_layer_norm(h: torch.Tensor) -> torch.Tensor:
+    h = h * 1e-3
+    centred = h - h.mean(-1, keepdim=True)
+    return centred * torch.rsqrt((centred**2).mean(-1, keepdim=True) + 1e-12)
+
+
 CONTROLS: dict[str, Callable[[], Step]] = {
     "default LSTM": lambda: recurrent(nn.LSTM(8, 32, batch_first=True), 100),
     "default GRU": lambda: recurrent(nn.GRU(8, 32, batch_first=True), 100),
@@ -793,6 +884,32 @@ CONTROLS: dict[str, Callable[[], Step]] = {
     "evaluation mode": lambda: (lambda s: (s[0].eval(), *s[1:]))(conv_net()),
     "log of probabilities, clamped": around(
         lambda h: torch.log(torch.softmax(h, -1).clamp(min=1e-6)), [[3.0, 0.0, 1.0, 2.0]]
+    ),
+    "mask of −inf in a buffer": lambda: with_buffer(torch.full((4, 4), -math.inf).triu(1)),
+    "best loss so far": lambda: with_buffer(torch.tensor(math.inf)),
+    "NaN where nobody looks": lambda: step(
+        deep(1.0, 1),
+        lambda m, b: cross_entropy(m, (b[0][:32], b[1][:32])),
+        (torch.cat([digits()[0][:32], torch.full((32, 64), math.nan)]), digits()[1]),
+    ),
+    "two gates that start at 0": lambda: step(TwoGates(), cross_entropy, digits(), 0.05),
+    "reentrant checkpoint": lambda: step(
+        deep(1.0, 3),
+        lambda m, b: F.cross_entropy(
+            torch.utils.checkpoint.checkpoint(
+                m, b[0].clone().requires_grad_(), use_reentrant=True
+            ),
+            b[1],
+        ),
+        digits(),
+        0.01,
+    ),
+    "noise of a generator": lambda: noisy(torch.Generator().manual_seed(0)),
+    "layer norm by hand, tiny inputs": lambda: step(
+        nn.Sequential(nn.Linear(64, 32), Lambda(tiny_layer_norm), nn.Linear(32, 10)),
+        lambda m, b: 64 * cross_entropy(m, b),
+        digits(),
+        None,
     ),
     "norm at 0": lambda: (
         *around(lambda h: torch.linalg.vector_norm(h, dim=-1), zeros_row())()[:3], None

@@ -14,22 +14,25 @@ from torch.utils import _pytree as pytree
 _CASTS = {torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.float}
 
 
-_NARROW = {torch.float16, torch.bfloat16, torch.float32}
+_NARROW = {torch.float16, torch.bfloat16, torch.float32, torch.complex64}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
     return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _cast(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor) and leaf.dtype in _NARROW:
+        return leaf.to(_wide(leaf.dtype))
+    return leaf
 
 
 def widen(tree: Any) -> Any:
     """A structure of tensors with those of floating point in float64."""
 
-    def cast(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            return leaf.double()
-        return leaf
-
-    return pytree.tree_map(cast, tree)
+    return pytree.tree_map(_cast, tree)
 
 
 class _Float64Mode(TorchFunctionMode):
@@ -42,9 +45,7 @@ class _Float64Mode(TorchFunctionMode):
         def cast(leaf: Any) -> Any:
             if isinstance(leaf, torch.dtype):
                 return _wide(leaf)
-            if isinstance(leaf, torch.Tensor) and leaf.dtype in _NARROW:
-                return leaf.double()  # a constant of the program's own
-            return leaf
+            return _cast(leaf)  # a constant of the program's own
 
         # What is written into must be the tensor itself.
         name = getattr(func, "__name__", "")
@@ -67,8 +68,7 @@ def float64(model: nn.Module | None = None) -> Iterator[Callable[[Any], Any]]:
     torch.set_default_dtype(torch.float64)
     try:
         for tensor in [*model.parameters(), *model.buffers()] if model is not None else []:
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.double()
+            tensor.data = _cast(tensor.data)
         with _Float64Mode():
             yield widen
     finally:

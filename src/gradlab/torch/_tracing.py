@@ -80,6 +80,8 @@ def _bad(tensor: torch.Tensor) -> str:
 
 
 _SEVERITY = ["", "inf", "nan"]
+# Inputs that are all smaller than this are moved by a thousandth of 1.
+_TINY_INPUT = 1e-6
 
 
 def _thrown_away(slope: torch.Tensor, signal: torch.Tensor) -> bool:
@@ -371,7 +373,9 @@ class Trace(TorchFunctionMode):
                     copied = copied.double()
                 if move and leaf.requires_grad:
                     typical = copied.pow(2).mean().sqrt()
-                    copied += move * (copied.abs() + torch.where(typical > 0, typical, 1.0))
+                    copied += move * (
+                        copied.abs() + torch.where(typical > _TINY_INPUT, typical, 1.0)
+                    )
                 leaves[id(leaf)] = copied.requires_grad_(leaf.requires_grad)
             # In-place operations may not change a leaf.
             return leaves[id(leaf)].clone() if leaf.requires_grad else leaves[id(leaf)]

@@ -364,8 +364,11 @@ class _Step:
         tried, left = [], 4
         for facts in tensors:
             large = facts.largest >= diagnosis.OUT_OF_RANGE and not facts.integer
-            if not large or left == 0 or not (bad or total > diagnosis.LARGE_GRADIENT):
+            if not large or left == 0:
                 tried.append(facts)
+                continue
+            if not bad and total <= diagnosis.LARGE_GRADIENT:
+                tried.append(replace(facts, matters=False))
                 continue
             left -= 1
             start_over()
@@ -401,7 +404,7 @@ class _Step:
         finite = math.isfinite(loss.item()) and math.isfinite(total)
         difference, lost = None, 0.0
         pairs = [
-            (a.to_dense().double(), b.to_dense())
+            (_real(a).double(), _real(b))
             for a, b in zip(own or [], grads, strict=False)
             if a is not None and b is not None
         ]
@@ -410,11 +413,13 @@ class _Step:
                 apart = gradient_norms(a - b for a, b in pairs)
                 difference = float(total_norm(apart) / total)
                 if difference > 0.05:
-                    # Is it the format?  Random numbers of a generator we do not know would do it.
+                    # Is it the format?  Random numbers of the program's own generators, drawn in
+                    # another format, would do it too: draw on, and see.
                     start_over()
+                    self.loss()
                     again = [g for g in self.gradient(self.loss()) if g is not None]
                     moved = gradient_norms(
-                        a.to_dense().double() - b for a, (b, _) in zip(again, pairs, strict=True)
+                        _real(a).double() - b for a, (b, _) in zip(again, pairs, strict=True)
                     )
                     if total_norm(moved) > difference * total / 10:
                         difference = None
@@ -465,6 +470,12 @@ class _Step:
             whole = self.loss().item()
             added = half(slice(0, size // 2)) + half(slice(size // 2, size))
         return whole != 0 and abs(added / whole - 1) < 0.2
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """Dense and real, for a comparison."""
+    tensor = tensor.to_dense()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _raised(error: Exception, trace: Trace, batch: Any) -> Raised:
