@@ -21,7 +21,7 @@ from tensorflow.python.eager import backprop, context, execute
 from tensorflow.python.framework import op_callbacks
 
 import gradlab
-from gradlab.measurements import Event, Jump, LayerUse, Place
+from gradlab.measurements import Event, Jump, LayerUse, Origin, Place
 
 _NOT_THE_USERS = tuple(
     str(Path(path)) + "/"
@@ -183,6 +183,7 @@ class Trace:
         self.gradients: list = []
         self.random = False
         self.failed_in: tuple = ()
+        self.origin: Origin | None = None  # of a NaN from nowhere, after `forward_event`
         self._signals: dict[int, Any] = {}
 
     # -- running it ----------------------------------------------------------------------------
@@ -317,6 +318,8 @@ class Trace:
         for op in reversed(path):
             if any(map(_holds_nan, op.outputs)) and not any(map(_holds_nan, op.inputs)):
                 return self._forward(op)
+        if path and _holds_nan(tensor):
+            self.origin = Origin("", self._event(path[-1], "forward", True).place)
         return None
 
     def _forward(self, op: Op) -> Event:

@@ -89,7 +89,10 @@ def measure(
     model: keras.Model, loss_fn: Loss, batch: Any, *, optimizer: keras.Optimizer | None = None
 ) -> Measurements:
     """What `diagnose` judges; the same arguments and errors."""
-    notes: list[str] = []
+    own_loss, notes = loss_fn, []
+
+    def loss_fn(model: keras.Model, batch: Any) -> Any:
+        return own_loss(model, _copied(batch))
 
     @contextmanager
     def noted(what: str) -> Iterator[None]:
@@ -100,9 +103,9 @@ def measure(
             notes.append(f"{what} ({_message(error)}).")
 
     if not all(layer.built for layer in model._flatten_layers()):
-        unchanged = untouched(model, optimizer, loss_fn, batch, building=True)
+        unchanged = untouched(model, optimizer, own_loss, batch, building=True)
         _build(lambda: loss_fn(model, batch), unchanged)
-    with untouched(model, optimizer, loss_fn, batch) as start_over:
+    with untouched(model, optimizer, own_loss, batch) as start_over:
         variables = model.trainable_variables
         result: dict[str, Any] = {
             "framework": "Keras",
@@ -124,6 +127,8 @@ def measure(
         if not math.isfinite(result["loss"]):
             with noted("Where the loss stopped being finite is not known"):
                 result["forward"] = trace.forward_event()
+                if not any(facts.not_finite for facts in result.get("tensors", ())):
+                    result["origin"] = trace.origin
         try:
             trace.differentiate()
         except Exception as error:
@@ -173,6 +178,13 @@ def measure(
             with noted("Whether the loss is a sum or a mean is not known"):
                 result["summed"] = _summed(model, loss_fn, batch, result["loss"], start_over)
         return Measurements(**result, notes=tuple(notes))
+
+
+def _copied(batch: Any) -> Any:
+    """The batch, its containers and arrays copied: a loss function may change what it is given."""
+    return keras.tree.map_structure(
+        lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch
+    )
 
 
 def _build(step: Callable[[], Any], unchanged: AbstractContextManager) -> None:
@@ -337,18 +349,24 @@ def _runs(function: Callable[[], Any]) -> bool:
 
 
 def _revives(model: keras.Model, loss_fn: Loss, batch: Any, trace: Trace) -> bool:
-    """Whether the signal reaches every weight after a small step down the gradient."""
-    pairs = [
-        (v.value, g) for v, g in zip(trace.variables, trace.gradients, strict=True) if g is not None
-    ]
-    slope = math.hypot(*(norm(g) for _, g in pairs))
-    size = math.hypot(*(norm(v) for v, _ in pairs))
-    if slope == 0:
-        return False
-    for variable, gradient in pairs:
-        variable.assign_sub(gradient * (0.01 * (size + 1) / slope))
-    again = _traced(model, loss_fn, batch)
-    return all(use.signal > 0 for use in again.uses_and_jump()[0])
+    """Whether the signal reaches every weight after a few small steps down the gradient."""
+    silent = math.inf
+    while True:
+        strongest: dict[str, float] = {}
+        for use in trace.uses_and_jump()[0]:
+            strongest[use.parameter] = max(use.signal, strongest.get(use.parameter, 0.0))
+        before, silent = silent, sum(signal == 0 for signal in strongest.values())
+        if silent == 0 or silent >= before:
+            return silent == 0
+        known = zip(trace.variables, trace.gradients, strict=True)
+        pairs = [(v.value, g) for v, g in known if g is not None]
+        slope = math.hypot(*(norm(g) for _, g in pairs))
+        size = math.hypot(*(norm(v) for v, _ in pairs))
+        if slope == 0:
+            return False
+        for variable, gradient in pairs:
+            variable.assign_sub(gradient * (0.01 * (size + 1) / slope))
+        trace = _traced(model, loss_fn, batch)
 
 
 def _traced(model: keras.Model, loss_fn: Loss, batch: Any) -> Trace:
