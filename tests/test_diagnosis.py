@@ -26,6 +26,7 @@ from gradlab.measurements import (
     Raised,
     TensorFacts,
     Trial,
+    chain_growth,
     source_line,
 )
 
@@ -228,6 +229,12 @@ def test_only_the_tensor_that_brought_it_in_is_to_blame():
     assert (judge(elsewhere).kind, judge(elsewhere).where) == ("bad input", "block.norm")
     event = Event(HERE, "forward", "nan", in_float64=False)
     assert kinds(replace(bad, origin=None, forward=event)) == ["singularity"]
+
+
+def test_chain_growth_counts_what_raises_the_signal():
+    assert chain_growth([0.0, 1.0, 2.0, 1.0, 8.0, 0.5], 1e9) == (4, 8.0, 2.0, 2)
+    assert chain_growth([1.0, 100.0], 10.0) == (1, 10.0, 0.1, 1)  # most of it never arrives
+    assert chain_growth([0.0], 1.0) is None
 
 
 def test_growth_without_weights():

@@ -8,6 +8,7 @@ the gradient of the loss with respect to the output of an operation: what backpr
 from __future__ import annotations
 
 import linecache
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,6 +175,30 @@ class Chain:
     total: float
     spread: float
     operations: int
+
+
+def chain_growth(norms: Sequence[float], largest: float) -> tuple[int, float, float, int] | None:
+    """How much signals grow on their way back.
+
+    Args:
+        norms: of the signal at one operation after the other, from the loss on.
+        largest: norm of the largest gradient of a parameter, beyond which no growth counts.
+
+    Returns:
+        Where the largest signal is, and a `Chain`'s total, spread and number of operations; None
+        without any signal.
+    """
+    known = [i for i, norm in enumerate(norms) if norm > 0]
+    if not known:
+        return None
+    base = reached = norms[known[0]]
+    peak, factors = known[0], []
+    for i in known:
+        if norms[i] > 1.02 * reached:
+            factors.append(norms[i] / reached)
+            reached, peak = norms[i], i
+    total = min(reached, largest) / base
+    return peak, total, total / max(factors, default=1.0), len(factors)
 
 
 @dataclass(frozen=True)

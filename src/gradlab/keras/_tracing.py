@@ -21,7 +21,7 @@ from tensorflow.python.eager import backprop, context, execute
 from tensorflow.python.framework import op_callbacks
 
 import gradlab
-from gradlab.measurements import Event, Jump, LayerUse, Origin, Place
+from gradlab.measurements import Chain, Event, Jump, LayerUse, Origin, Place, chain_growth
 
 _NOT_THE_USERS = tuple(
     str(Path(path)) + "/"
@@ -446,6 +446,23 @@ class Trace:
         layers = tuple(LayerUse(self.owners.get(id(v), ""), v.path, *rest) for v, *rest in named)
         bad = any(not finite(g) for g in self.gradients)
         return layers, None if bad else self._jump(path, origin, users)
+
+    def chain(self, largest: float) -> Chain | None:
+        """Growth of the signal from operation to operation.
+
+        Args:
+            largest: norm of the largest gradient of a variable.
+        """
+        origin = self._origins()
+        data = [op for op in self.ops if any(origin[id(t)] == "data" for t in op.outputs)]
+        order = [*reversed([op for op in data if op.layers] or data)]
+        arriving = [[self.signal(t) for t in op.outputs] for op in order]
+        norms = [
+            float(np.hypot.reduce([0.0, *(norm(s) for s in signals if s is not None)]))
+            for signals in arriving
+        ]
+        grown = chain_growth(norms, largest)
+        return grown and Chain(self._place(order[grown[0]]), *grown[1:])
 
     def _jump(self, path: list, origin: dict, users: dict[int, int]) -> Jump | None:
         """The largest gain, counting no more of it than is left at the weights behind.

@@ -7,13 +7,14 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from gradlab.diagnosis import Diagnosis, judge, tried_enough
+from gradlab.diagnosis import LARGE_GRADIENT, OUT_OF_RANGE, Diagnosis, judge, tried_enough
 from gradlab.keras import _optimizer
 from gradlab.keras._curvature import flat, hessian_product
 from gradlab.keras._state import float64, untouched, widen
@@ -148,10 +149,16 @@ def measure(
             result["norm_overflows"] = not finite(tf.linalg.global_norm([g for _, g in named]))
         with noted("The signal was not followed through the layers"):
             result["layers"], result["jump"] = trace.uses_and_jump()
+            if sound:
+                result["chain"] = trace.chain(
+                    max((size for _, size in result["gradients"]), default=0)
+                )
         if sound and any(use.signal == 0 for use in result.get("layers", ())):
             with noted("Whether the signal comes back after a step is not known"):
                 start_over()
                 result["revives"] = _revives(model, loss_fn, batch, trace)
+        with noted("Whether large numbers matter is not known"):
+            result["tensors"] = _which_matter(model, loss_fn, batch, result, start_over)
         with noted("The step could not be taken in float64"):
             start_over()
             result["float64"] = _in_float64(model, loss_fn, batch, trace)
@@ -274,6 +281,47 @@ def _tensors(model: keras.Model, batch: Any) -> Iterator[TensorFacts]:
                 found = _facts(variable.path, role, variable.value.numpy())
                 if found is not None:
                     yield found
+
+
+def _which_matter(
+    model: keras.Model,
+    loss_fn: Loss,
+    batch: Any,
+    result: dict[str, Any],
+    start_over: Callable[[], None],
+) -> tuple[TensorFacts, ...]:
+    """Of the tensors with large numbers, whether scaling them down to 1 changes the step."""
+    total = math.hypot(*(size for _, size in result["gradients"]))
+    bad = not (math.isfinite(total) and math.isfinite(result["loss"]))
+    own = {v.path: v for v in model.variables}
+    tried, left = [], 4
+    for facts in result["tensors"]:
+        large = facts.largest >= OUT_OF_RANGE and not facts.integer
+        if not large or left == 0:
+            tried.append(facts)
+            continue
+        if not bad and total <= LARGE_GRADIENT:
+            tried.append(replace(facts, matters=False))
+            continue
+        left -= 1
+        start_over()
+        leaves = keras.tree.flatten_with_path(batch)
+        if facts.role == "batch":
+            leaves = [
+                (path, leaf / facts.largest if _batch_name(path) == facts.name else leaf)
+                for path, leaf in leaves
+            ]
+        else:
+            own[facts.name].assign(own[facts.name].value / facts.largest)
+        scaled = keras.tree.pack_sequence_as(batch, [leaf for _, leaf in leaves])
+        with tf.GradientTape() as tape:
+            loss = _scalar(loss_fn(model, scaled))
+        weights = [v.value for v in model.trainable_variables]
+        slopes = [g for g in tape.gradient(loss, weights) if g is not None]
+        now = math.hypot(*(norm(g) for g in slopes)) if np.isfinite(float(loss)) else math.nan
+        matters = math.isfinite(now) and (bad or now < total / 1000)
+        tried.append(replace(facts, matters=matters))
+    return tuple(tried)
 
 
 def _raised(trace: Trace, error: Exception, batch: Any) -> Raised:

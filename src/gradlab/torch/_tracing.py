@@ -23,7 +23,16 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from gradlab.measurements import Chain, Event, Jump, LayerUse, Origin, Place, source_line
+from gradlab.measurements import (
+    Chain,
+    Event,
+    Jump,
+    LayerUse,
+    Origin,
+    Place,
+    chain_growth,
+    source_line,
+)
 from gradlab.torch._float64 import float64
 from gradlab.torch.probe import gradient_norms
 
@@ -498,17 +507,9 @@ class Trace(TorchFunctionMode):
         """
         norms = self._norms()
         inside = [i for i, call in enumerate(self.calls) if call.place.module != "loss"]
-        known = [i for i in reversed(inside or range(len(self.calls))) if norms[i] > 0]
-        if not known:
-            return None
-        base = reached = norms[known[0]]
-        peak, factors = known[0], []
-        for index in known:
-            if norms[index] > 1.02 * reached:
-                factors.append(norms[index] / reached)
-                reached, peak = norms[index], index
-        total = min(reached, largest) / base
-        return Chain(self.place(peak), total, total / max(factors, default=1.0), len(factors))
+        order = [*reversed(inside or range(len(self.calls)))]
+        grown = chain_growth([norms[i] for i in order], largest)
+        return grown and Chain(self.place(order[grown[0]]), *grown[1:])
 
     def _norms(self) -> list[float]:
         """Norm of the signal at each call's results."""
