@@ -67,7 +67,7 @@ def diagnose(
     The step is run a few times on copies of the model's numbers: as it is, with every operation
     watched; in float64; and, with an optimiser, for the curvature and for a few trial steps on
     this batch.  Model, optimiser, gradients and random generators are then as before, to the bit.
-    The costs are about those of 50 training steps.
+    All of it costs some dozens of training steps.
 
     Whatever the model does, raising included, ends up in the diagnosis.  The loop around the step
     is not seen: clipping in it, gradient scaling and warm-up are yours to think of.  Recurrent
