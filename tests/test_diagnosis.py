@@ -333,6 +333,11 @@ def test_divergence_says_where_and_how_far():
     assert "stable up to a learning rate of 0.2; it is 0.3, 1.5 times" in " ".join(
         str(found).split()
     )
+    unsettled = replace(
+        stepping(0.3, losses=(1.0, 2.0, 4.0)), curvature=Curvature(10.0, converged=False)
+    )
+    assert "is at least 10" in str(judge(unsettled))
+    assert "at least" not in str(found)
     summed = judge(stepping(0.3, losses=(1.0, 2.0, 4.0), summed=True))
     assert summed.where == "loss"
     assert "Average it" in summed.findings[0].remedy

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from gradlab.history import GradientHistory
 from gradlab.keras import GradientProbe, NonFiniteGradientError
+from writer import Writer
 
 BATCH = 4
 
@@ -254,17 +255,6 @@ def test_the_error_names_the_layer_and_its_class():
 
 
 # -- while it runs -------------------------------------------------------------------------------
-
-
-class Writer:
-    """Has the shape of TensorBoard's SummaryWriter."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def add_scalar(self, tag, value, step):
-        assert type(value) is float
-        self.seen[tag, step] = value
 
 
 def test_logging_follows_the_history(tmp_path):

@@ -17,6 +17,7 @@ import gradlab.torch
 from gradlab.history import GradientHistory, NonFinite
 from gradlab.torch import GradientProbe, NonFiniteGradientError
 from gradlab.torch.probe import gradient_norms
+from writer import Writer
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -480,17 +481,6 @@ def test_a_save_that_fails_does_not_end_the_training(tmp_path):
         optimizer.step()
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*runs"):
         GradientProbe(net, optimizer, save_to=folder / "run.npz")
-
-
-class Writer:
-    """Has the shape of TensorBoard's SummaryWriter."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def add_scalar(self, tag, value, step):
-        assert type(value) is float
-        self.seen[tag, step] = value
 
 
 def test_logging_follows_the_history():

@@ -563,9 +563,10 @@ def _step_size(m: Measurements) -> Iterator[Finding]:
     evidence = ""
     if limit is not None:
         name = "preconditioned curvature" if m.curvature.preconditioned else "curvature"
+        least = "" if m.curvature.converged else "at least "  # Lanczos approaches it from below
         evidence += (
-            f"The largest {name} is {_number(m.curvature.sharpness)}, so {m.optimizer.name} is "
-            f"stable up to a learning rate of {limit:.4g}; it is {rate:.4g}, "
+            f"The largest {name} is {least}{_number(m.curvature.sharpness)}, so "
+            f"{m.optimizer.name} is stable up to a learning rate of {limit:.4g}; it is {rate:.4g}, "
             f"{_number(rate / limit)} times the limit. "
         )
         evidence += "" if above else "That would do on a quadratic, and still it does not: "

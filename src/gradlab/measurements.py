@@ -105,7 +105,6 @@ class Event:
         in_float64: whether the same operation on the same inputs is finite in float64; None if
             that could not be tried.
         inputs: the operation's inputs in words, "float32 (64, 10), 0 to 3.2".
-        largest_input: their largest finite magnitude.
     """
 
     place: Place
@@ -114,7 +113,6 @@ class Event:
     masked: bool = False
     in_float64: bool | None = None
     inputs: str = ""
-    largest_input: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,6 @@ class Trace:
             masked=masked,
             in_float64=cured,
             inputs="; ".join(map(_in_words, inputs)),
-            largest_input=max((_range(t)[2] for t in inputs), default=0.0),
         )
 
     # -- weights and gains ---------------------------------------------------------------------

@@ -60,8 +60,8 @@ class Call:
         makers: for each input the number of the call that made it, −1 if none did.
         signals: for each output the gradient that came back to it, None if none did.
         bad: "" / "inf" / "nan" of its outputs, filled in when asked for.
-        bad_inputs: the same of its inputs, as they were then; "constant" for a number like −inf
-            written into the call.
+        bad_inputs: the same of its inputs, as they were then.
+        constant: a number like −inf was written into the call.
     """
 
     function: Any
@@ -327,10 +327,6 @@ class Trace(TorchFunctionMode):
 
     def backward_event(self) -> Event | None:
         """The first operation of the backward pass with a finite signal and a bad slope."""
-        by_input: dict[int, list[int]] = {}
-        for index, call in enumerate(self.calls):
-            for maker in call.makers:
-                by_input.setdefault(maker, []).append(index)
         for index in range(len(self.calls) - 1, -1, -1):
             call = self.calls[index]
             got = [signal for signal in call.signals if signal is not None]
@@ -426,13 +422,12 @@ class Trace(TorchFunctionMode):
 
     def _event(self, index: int, phase: str, made: str, *, masked: bool = False) -> Event:
         call = self.calls[index]
-        described, largest = [], 0.0
+        described = []
         for tensor in call.inputs[:3]:
             numbers = tensor.detach()[torch.isfinite(tensor.detach())].double()
             text = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
             if numbers.numel():
                 low, high = numbers.min().item(), numbers.max().item()
-                largest = max(largest, abs(low), abs(high))
                 text += f" = {low:.4g}" if low == high else f" from {low:.4g} to {high:.4g}"
             described.append(text)
         return Event(
@@ -442,7 +437,6 @@ class Trace(TorchFunctionMode):
             masked=masked,
             in_float64=self._finite_in_float64(index, phase),
             inputs=" and ".join(described),
-            largest_input=largest,
         )
 
     def jump(self, weights: set[int]) -> Jump | None:
