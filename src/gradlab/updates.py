@@ -34,7 +34,8 @@ class Update:
         momentum: β of momentum and Nesterov, β₁ of Adam; in [0, 1).
         beta2: decay of the mean of squares, in Adam and RMSprop; in [0, 1).
         epsilon: ε of Adam and RMSprop, added to the root, as PyTorch does.
-        l1, l2: strength of the penalties l1·Σ|w| and l2/2·Σw².
+        l1: strength of the penalty l1·Σ|w|.
+        l2: strength of the penalty l2/2·Σw².
         weight_decay: decoupled decay (Loshchilov and Hutter 2019): w loses lr·weight_decay·w.
         clip: None, "norm" (of all weights together), "layer" (each matrix by its own norm),
             "value" (each entry) or "adaptive" (each unit's weights by their own norm, Brock et
