@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from gradlab.updates import NUMBERS, Number, Plan, Update
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from gradlab.mlp import EPSILON
 from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
