@@ -1,7 +1,7 @@
 """What each framework's own clipping does with five awkward gradients.
 
-Every line of the table stands for a documented disagreement or agreement; a new release that changes
-one fails here.  The book shows the same table.
+Every line of the table stands for an agreement or a disagreement that the book documents; a new
+release that changes one fails here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAN = np.nan
 TORCH_EPSILON = 1e-6  # PyTorch divides by the norm plus this
 
 TABLE = {
-    # PyTorch scales by min(1, max_norm / (norm + 1e-6)): an inf gives the factor 0, and 0 · ∞ is NaN.
+    # The factor is min(1, max_norm / (norm + 1e-6)): an inf makes it 0, and 0 · ∞ is NaN.
     "torch clip_grad_norm_": {
         "ordinary": [0.6, 0, 0.8],
         "one inf": [NAN, 0, 0],

@@ -1,10 +1,10 @@
-"""Gradient clipping in NumPy: the reference that `gradlab.torch.clip` and `gradlab.keras.clip` equal.
+"""Gradient clipping in NumPy: what `gradlab.torch.clip` and `gradlab.keras.clip` are equal to.
 
 Every function takes a list of gradients and returns new ones with the global norm before clipping;
-nothing is changed in place.  All of them keep one rule: **if any gradient holds an inf or a NaN, all
-come back as they were**, and the norm that is returned is inf or NaN.  Clipping bounds a length, and
-such a gradient has none; scaling it would spread the NaN, and bounding it would hide it.  Whoever
-takes the step must look at the norm first.
+nothing is changed in place.  All of them keep one rule: **if any gradient holds an inf or a NaN,
+all come back as they were**, and the norm that is returned is inf or NaN.  Clipping bounds a
+length, and such a gradient has none; scaling it would spread the NaN, and bounding it would hide
+it.  Whoever takes the step must look at the norm first.
 
 Lengths are computed so that no square overflows or underflows.  A `None` stands for a parameter
 without gradient and comes back as `None`.
@@ -48,8 +48,8 @@ def by_value(gradients: Gradients, limit: float) -> Clipped:
         ValueError: a limit that is not > 0.
 
     Example:
-        >>> by_value([np.array([3.0, -0.5]), None], 1.0)
-        ([array([ 1. , -0.5]), None], 3.0413812651491097)
+        >>> by_value([np.array([3.0, -4.0]), None], 3.5)
+        ([array([ 3. , -3.5]), None], 5.0)
     """
     check_threshold("limit", limit)
     return _each(gradients, lambda g: np.clip(g, -limit, limit).astype(g.dtype))
