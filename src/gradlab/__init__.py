@@ -21,7 +21,7 @@ _MODULES = frozenset(
         "lanczos",
         "measurements",
     }
-    | {"mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch"}
+    | {"mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch", "updates"}
 )
 
 
