@@ -10,7 +10,17 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = frozenset(
-    {"backprop", "claims", "data", "diagnosis", "history", "keras", "lanczos", "measurements"}
+    {
+        "backprop",
+        "claims",
+        "clip",
+        "data",
+        "diagnosis",
+        "history",
+        "keras",
+        "lanczos",
+        "measurements",
+    }
     | {"mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch", "updates"}
 )
 
