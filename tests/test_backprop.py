@@ -201,12 +201,13 @@ def batch(spec: MLPSpec, samples: int = 12, seed: int = 5):
     return rng.normal(size=(samples, spec.features)), rng.integers(spec.classes, size=samples)
 
 
-@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+@pytest.mark.parametrize("normalization", [None, "batch", "layer", "group"])
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "relu"])
 def test_network_gradients_match_central_differences(activation, normalization):
     spec = MLPSpec(
-        5, 3, width=6, depth=3, activation=activation, normalization=normalization, skip=0.7
-    )
+        5, 3, width=6, depth=3, activation=activation, normalization=normalization, skip=0.7,
+        groups=2,
+    )  # fmt: skip
     x, y = batch(spec)
     weights = initial_weights(spec, seed=1)
     loss, grads = backprop.gradients(spec, weights, x, y)

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from gradlab import theory
-from gradlab.mlp import MLPSpec, check_weights, initial_weights, layer_names, stacked_weights
+from gradlab.mlp import (
+    MLPSpec,
+    check_weights,
+    initial_weights,
+    layer_names,
+    orthogonal,
+    stacked_weights,
+)
 
 SPEC = MLPSpec(8, 3, width=5, depth=2)
 
@@ -69,6 +76,14 @@ def test_orthogonal_weights_stretch_every_direction_alike(features):
     np.testing.assert_allclose(values, 1.7, rtol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
+def test_an_orthogonal_matrix_has_singular_values_of_one(shape):
+    matrix = orthogonal(*shape, seed=3)
+    assert matrix.shape == shape
+    np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False), 1, rtol=1e-12)
+    assert (matrix != orthogonal(*shape, seed=4)).all()
+
+
 def test_zero_weights_are_zero():
     weights = initial_weights(replace(SPEC, initialization="zeros"))
     assert not any(w.any() for w in weights.values())
@@ -93,7 +108,9 @@ def test_the_seed_fixes_the_weights(initialization):
         ({"activation": "rleu"}, r"activation must be one of .*'relu'.* got 'rleu'"),
         ({"gain": -1.0}, "gain must be a number ≥ 0 or None, got -1.0"),
         ({"gain": np.nan}, "gain .* got nan"),
-        ({"normalization": "group"}, r"normalization .*'batch', 'layer'.* got 'group'"),
+        ({"normalization": "power"}, r"normalization .*'batch', 'layer', 'group'.* got 'power'"),
+        ({"groups": 0}, "groups must be an integer of at least 1, got 0"),
+        ({"normalization": "group"}, "groups must divide the width, got 4 groups of 5 units"),
         ({"initialization": "he"}, r"initialization .*'orthogonal'.* got 'he'"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from gradlab import backprop, theory
 from gradlab.mlp import MLPSpec, initial_weights
 
-SPEC = MLPSpec(5, 3, width=8, depth=3)
+SPEC = MLPSpec(5, 3, width=8, depth=3, groups=2)
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -45,7 +45,7 @@ def distance(one: dict, other: dict) -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+@pytest.mark.parametrize("normalization", [None, "batch", "layer", "group"])
 @pytest.mark.parametrize("activation", theory.activation_names())
 def test_gradients_equal_numpys(side, activation, normalization, dtype):
     for skip in (None, 0.5):
@@ -100,7 +100,7 @@ def test_the_output_is_that_of_numpy(side):
     np.testing.assert_allclose(np.asarray(out), expected.data, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("normalization", [None, "batch"])
+@pytest.mark.parametrize("normalization", [None, "batch", "group"])
 def test_weights_go_round_through_both_frameworks_unchanged(normalization):
     import gradlab.keras
     import gradlab.torch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import integrate, special, stats
@@ -271,3 +273,75 @@ def test_momentum_widens_the_limit_and_nesterov_narrows_it():
 def test_stability_limit_names_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         theory.stability_limit(*arguments)
+
+
+# -- normalisation -------------------------------------------------------------------------------
+
+
+def test_growth_under_batch_normalization_has_its_closed_forms():
+    growth = theory.normalization_growth
+    assert growth("batch", "relu") == pytest.approx(np.sqrt(np.pi / (np.pi - 1)), rel=1e-9)
+    assert growth("batch", "relu", 10**7) == pytest.approx(growth("batch", "relu"), rel=1e-6)
+    for size in (4, 8, 100):  # Yang et al. 2019: (B − 2)/(B − 3), the smallest that there is
+        assert growth("batch", "linear", size) == pytest.approx(np.sqrt((size - 2) / (size - 3)))
+        for slope in (0, 0.1, 0.5):
+            assert growth("batch", theory.leaky_relu(slope), size) > growth("batch", "linear", size)
+
+
+def test_growth_under_layer_and_group_normalization_has_its_closed_forms():
+    growth = theory.normalization_growth
+    assert growth("layer", "relu") == pytest.approx(1)
+    assert growth("group", "linear") == pytest.approx(1)
+    assert growth("group", "relu", 8) == pytest.approx(np.sqrt(6 / 5))
+    assert growth("group", "relu", 3) == np.inf
+
+
+@pytest.mark.parametrize("name", theory.activation_names())
+def test_no_activation_shrinks_the_gradient_under_batch_normalization(name):
+    assert theory.normalization_growth("batch", name) >= 1 - 1e-9  # Poincaré's inequality
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "size"),
+    [
+        ("batch", "relu", 16),
+        ("batch", "leaky_relu", 64),
+        ("layer", "tanh", None),
+        ("group", "relu", 8),
+    ],
+)
+def test_growth_under_normalization_is_what_networks_show(kind, which, size):
+    phi, rng = theory.activation(which), np.random.default_rng(0)
+    members, batch, width, depth = 10, (size if kind == "batch" else 8), 128, 30
+    h, layers = rng.normal(size=(members, batch, width)), []
+    for _ in range(depth):
+        w = rng.normal(size=(members, width, width)) / np.sqrt(width)
+        z = h @ w
+        axis, shape = (1, z.shape) if kind == "batch" else (-1, (members, batch, -1, size or width))
+        z = z.reshape(shape)
+        std = z.std(axis, keepdims=True)
+        u = (z - z.mean(axis, keepdims=True)) / std
+        h = phi.f(u).reshape(h.shape)
+        layers.append((w, u, std, axis))
+    message, norms = rng.normal(size=h.shape), []
+    for w, u, std, axis in reversed(layers):  # the derivative of a normalisation, by hand
+        g = message.reshape(u.shape) * phi.df(u)
+        mean = partial(np.mean, axis=axis, keepdims=True)
+        delta = ((g - mean(g) - u * mean(g * u)) / std).reshape(h.shape)
+        norms.append(np.linalg.norm(delta, axis=(1, 2)))
+        message = delta @ np.swapaxes(w, 1, 2)
+    measured = np.exp(np.polyfit(np.arange(depth - 5), np.log(norms[5:]), 1)[0]).mean()
+    expected = theory.normalization_growth(kind, which, size)
+    assert measured == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("instance", "relu"), "kind must be 'layer', 'group' or 'batch', got 'instance'"),
+        (("batch", "tanh", 8), "two straight pieces, got 'tanh', size=8"),
+    ],
+)
+def test_growth_under_normalization_names_what_it_cannot_predict(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        theory.normalization_growth(*arguments)

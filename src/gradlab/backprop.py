@@ -111,6 +111,10 @@ class Tensor:
 
         return Tensor(self.data[index], (self,), pull)
 
+    def reshape(self, *shape: int) -> Tensor:
+        """The same numbers in another shape; -1 stands for what is left."""
+        return Tensor(self.data.reshape(shape), (self,), lambda g: (g.reshape(self.shape),))
+
     def exp(self) -> Tensor:
         """Elementwise exponential."""
         out = np.exp(self.data)
@@ -187,10 +191,13 @@ def cross_entropy(logits: Tensor, labels: np.ndarray) -> Tensor:
     return (log_sum - shifted[np.arange(len(labels)), labels]).mean()
 
 
-def _normalize(x: Tensor, axis: int) -> Tensor:
+def _normalize(x: Tensor, spec: _mlp.MLPSpec) -> Tensor:
+    shape, axis = x.shape, 0 if spec.normalization == "batch" else -1
+    if spec.normalization == "group":
+        x = x.reshape(len(x.data), spec.groups, -1)
     centred = x - x.mean(axis=axis, keepdims=True)
     variance = (centred * centred).mean(axis=axis, keepdims=True)
-    return centred * (variance + _mlp.EPSILON) ** -0.5
+    return (centred * (variance + _mlp.EPSILON) ** -0.5).reshape(*shape)
 
 
 def mlp(spec: _mlp.MLPSpec, weights: Mapping[str, Tensor], x: np.ndarray) -> Tensor:
@@ -212,7 +219,7 @@ def mlp(spec: _mlp.MLPSpec, weights: Mapping[str, Tensor], x: np.ndarray) -> Ten
         if name == "output":
             return z
         if spec.normalization:
-            z = _normalize(z, axis=0 if spec.normalization == "batch" else 1)
+            z = _normalize(z, spec)
             z = z * weights[f"{name}.scale"] + weights[f"{name}.shift"]
         branch = z.apply(spec.activation)
         h = h + spec.skip * branch if spec.has_skip(layer) else branch

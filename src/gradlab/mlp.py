@@ -6,7 +6,7 @@ a dict from name to array, with matrices of shape (fan_in, fan_out).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from gradlab import theory
 
-NORMALIZATIONS = (None, "batch", "layer")
+NORMALIZATIONS = (None, "batch", "layer", "group")
 INITIALIZATIONS = ("normal", "orthogonal", "zeros")
 EPSILON = 1e-5
 """ε of the normalisation layers, the same on both sides (the frameworks' defaults differ)."""
@@ -38,9 +38,10 @@ class MLPSpec:
             activation's critical gain (√2 for ReLU).
         output_gain: the same for the output layer.
         initialization: "normal", "orthogonal" (gain × orthonormal) or "zeros".
-        normalization: None, "batch" or "layer", before the activation.
+        normalization: None, "batch", "layer" or "group", before the activation.
         skip: None for no skip connections, else the factor on the layer's branch.
         bias: whether layers have biases; they start at 0.
+        groups: number of groups that the units of a layer form under "group" normalisation.
 
     Raises:
         ValueError: a field out of its range; the message names it.
@@ -57,6 +58,7 @@ class MLPSpec:
     normalization: str | None = None
     skip: float | None = None
     bias: bool = True
+    groups: int = 4
 
     def __post_init__(self) -> None:
         for name, least in (("features", 1), ("classes", 1), ("width", 1), ("depth", 0)):
@@ -75,6 +77,12 @@ class MLPSpec:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.groups, int | np.integer) or self.groups < 1:
+            raise ValueError(f"groups must be an integer of at least 1, got {self.groups!r}")
+        if self.normalization == "group" and self.width % self.groups:
+            raise ValueError(
+                f"groups must divide the width, got {self.groups} groups of {self.width} units"
+            )
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -93,16 +101,30 @@ def layer_names(spec: MLPSpec) -> list[str]:
     return [*(f"hidden{i}" for i in range(spec.depth)), "output"]
 
 
+def orthogonal(fan_in: int, fan_out: int, seed: int | np.random.Generator = 0) -> np.ndarray:
+    """A random matrix whose singular values are all 1 (Saxe et al. 2014).
+
+    Args:
+        fan_in, fan_out: its shape.
+        seed: a seed, or a generator to draw from.
+
+    Returns:
+        (fan_in, fan_out), float64: the shorter side's rows or columns are orthonormal, and the draw
+        is uniform over all such matrices.
+    """
+    rng = np.random.default_rng(seed)
+    q, r = np.linalg.qr(rng.normal(size=(max(fan_in, fan_out), min(fan_in, fan_out))))
+    q = q * np.sign(np.diag(r))  # makes the draw uniform
+    return q if fan_in >= fan_out else q.T
+
+
 def _matrix(spec: MLPSpec, shape: tuple[int, int], gain: float, rng) -> np.ndarray:
     fan_in, fan_out = shape
     if spec.initialization == "zeros":
         return np.zeros(shape)
-    draw = rng.normal(size=(max(shape), min(shape)))
-    if spec.initialization == "normal":
-        return draw.reshape(shape) * gain / np.sqrt(fan_in)
-    q, r = np.linalg.qr(draw)
-    q = q * np.sign(np.diag(r))  # makes the draw uniform over the orthogonal group
-    return gain * (q if fan_in >= fan_out else q.T)
+    if spec.initialization == "orthogonal":
+        return gain * orthogonal(fan_in, fan_out, rng)
+    return rng.normal(size=(max(shape), min(shape))).reshape(shape) * gain / np.sqrt(fan_in)
 
 
 def initial_weights(spec: MLPSpec, seed: int | np.random.Generator = 0) -> dict[str, np.ndarray]:
@@ -130,6 +152,54 @@ def initial_weights(spec: MLPSpec, seed: int | np.random.Generator = 0) -> dict[
             weights[f"{name}.scale"] = np.ones(shape[1])
             weights[f"{name}.shift"] = np.zeros(shape[1])
     return weights
+
+
+def fit_variances(
+    names: Iterable[str],
+    measure: Callable[[str], float],
+    scale: Callable[[str, float], None],
+    *,
+    variance: float = 1.0,
+    tolerance: float = 0.01,
+    iterations: int = 10,
+) -> dict[str, float]:
+    """Layer by layer, scale the weights until the output has a given variance.
+
+    This is the loop of `lsuv_` in `gradlab.torch.initialize` and `gradlab.keras.initialize`.
+
+    Args:
+        names: the layers, in the order in which a batch meets them.
+        measure: a layer's name to the variance of its output.
+        scale: multiplies a layer's weights by a number.
+        variance: what each output shall have, > 0.
+        tolerance: accepted relative error, > 0.
+        iterations: most times that one layer is scaled, ≥ 1.
+
+    Returns:
+        Name to the variance that the layer ended with.
+
+    Raises:
+        ValueError: a number out of range, or a variance that is 0 or not finite.
+    """
+    for name, value in (("variance", variance), ("tolerance", tolerance)):
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations!r}")
+    fitted = {}
+    for name in names:
+        for attempt in range(iterations + 1):
+            measured = measure(name)
+            if not (np.isfinite(measured) and measured > 0):
+                raise ValueError(
+                    f"the output of {name!r} has variance {measured} on this batch: "
+                    "no factor on its weights can mend that"
+                )
+            if abs(measured / variance - 1) <= tolerance or attempt == iterations:
+                break
+            scale(name, float(np.sqrt(variance / measured)))
+        fitted[name] = measured
+    return fitted
 
 
 def stacked_weights(spec: MLPSpec, seeds: Iterable[int]) -> list[np.ndarray]:

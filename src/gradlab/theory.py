@@ -249,6 +249,67 @@ def critical_gain(which: str | ArrayFunction | Activation) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
+# Normalisation
+
+
+def normalization_growth(
+    kind: str, which: str | ArrayFunction | Activation = "relu", size: int | None = None
+) -> float:
+    """Growth of the gradient's norm per layer when every layer is normalised before its activation.
+
+    The layers have no skips and are at initialisation, scale 1 and shift 0; the gain of the weights
+    cancels.  With z a standard normal number, the squared norm grows by E[φ'(z)²]/E[φ(z)²] under
+    layer and group normalisation and by E[φ'(z)²]/Var[φ(z)], which is never below 1, under batch
+    normalisation; for ReLU that is 1 and π/(π−1) (Yang et al. 2019).  Normalising only n numbers
+    multiplies it by (n−2)/(n−3) and, in a batch, correlates the samples by −1/(n−1).
+
+    Args:
+        kind: "layer", "group" or "batch".
+        which: the activation.
+        size: how many numbers are normalised together: the width, the units of a group, or the
+            samples of a batch.  None takes infinitely many.
+
+    Returns:
+        The factor, which is infinite for a size of 3 or less: the mean of the squared gradient does
+        not exist then.
+
+    Raises:
+        ValueError: an unknown kind; a finite size for an activation other than "linear", "relu" and
+            "leaky_relu" (or a `leaky_relu(slope)`), for which there is no closed form.
+
+    Example:
+        >>> round(normalization_growth("batch", "relu"), 3)
+        1.211
+    """
+    if kind not in ("layer", "group", "batch"):
+        raise ValueError(f"kind must be 'layer', 'group' or 'batch', got {kind!r}")
+    phi = activation(which)
+    slopes = gaussian_mean(lambda x: phi.df(x) ** 2)
+    square = gaussian_mean(lambda x: phi.f(x) ** 2)
+    mean = gaussian_mean(phi.f) if kind == "batch" else 0.0
+    if size is None:
+        return float(np.sqrt(slopes / (square - mean**2)))
+    low, high = (float(phi.f(np.array(x))) for x in (-1.0, 1.0))
+    if not np.allclose(phi.f(3 * _Z), np.where(_Z > 0, high, -low) * 3 * _Z):
+        raise ValueError(
+            "a finite size needs an activation of two straight pieces, "
+            f"got {phi.name!r}, size={size}"
+        )
+    if size <= 3:
+        return float("inf")
+    finite = (size - 2) / (size - 3)
+    if kind != "batch":
+        return float(np.sqrt(finite * slopes / square))
+    # φ = s·x + r·relu(x); two samples of a batch are correlated by rho (Cho and Saul's kernels)
+    s, r, rho = -low, high + low, -1 / (size - 1)
+    both_kept = 0.25 + np.arcsin(rho) / (2 * np.pi)
+    kernel = (np.sqrt(1 - rho**2) + rho * (np.pi - np.arccos(rho))) / (2 * np.pi)
+    cross = s**2 * rho + s * r * rho + r**2 * kernel
+    slopes += (s**2 + s * r + r**2 * both_kept) / (size - 1)
+    return float(np.sqrt(finite * slopes / (square - cross)))
+
+
+# ---------------------------------------------------------------------------------------------
 # Step size
 
 

@@ -61,12 +61,7 @@ class MLP(keras.Model):
             dense.build((None, fan_in))
             setattr(self, "_output_layer" if name == "output" else name, dense)
             if spec.normalization and name != "output":
-                kind = (
-                    keras.layers.BatchNormalization
-                    if spec.normalization == "batch"
-                    else keras.layers.LayerNormalization
-                )
-                norm = kind(epsilon=mlp.EPSILON, name=f"{name}_norm", dtype=dtype)
+                norm = _normalization(spec, epsilon=mlp.EPSILON, name=f"{name}_norm", dtype=dtype)
                 norm.build((None, fan_out))
                 setattr(self, f"{name}_norm", norm)
         self.built = True
@@ -87,6 +82,15 @@ class MLP(keras.Model):
     def output_layer(self) -> keras.layers.Layer:
         """The linear output layer (Keras keeps the name `output` for itself)."""
         return self._output_layer
+
+
+def _normalization(spec: mlp.MLPSpec, **given: object) -> keras.layers.Layer:
+    match spec.normalization:
+        case "batch":
+            return keras.layers.BatchNormalization(**given)
+        case "layer":
+            return keras.layers.LayerNormalization(**given)
+    return keras.layers.GroupNormalization(spec.groups, **given)
 
 
 def _parameters(model: MLP) -> dict[str, keras.Variable]:

@@ -50,8 +50,7 @@ class MLP(nn.Module):
         for name, (fan_in, fan_out) in zip(mlp.layer_names(spec), spec.sizes, strict=True):
             setattr(self, name, nn.Linear(fan_in, fan_out, bias=spec.bias, dtype=dtype))
             if spec.normalization and name != "output":
-                kind = nn.BatchNorm1d if spec.normalization == "batch" else nn.LayerNorm
-                setattr(self, f"{name}_norm", kind(fan_out, eps=mlp.EPSILON, dtype=dtype))
+                setattr(self, f"{name}_norm", _normalization(spec, fan_out, dtype))
         load_weights(self, mlp.initial_weights(spec, seed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,6 +62,16 @@ class MLP(nn.Module):
             branch = activate(z)
             x = x + spec.skip * branch if spec.has_skip(layer) else branch
         return self.output(x)
+
+
+def _normalization(spec: mlp.MLPSpec, units: int, dtype: torch.dtype) -> nn.Module:
+    given = {"eps": mlp.EPSILON, "dtype": dtype}
+    match spec.normalization:
+        case "batch":
+            return nn.BatchNorm1d(units, **given)
+        case "layer":
+            return nn.LayerNorm(units, **given)
+    return nn.GroupNorm(spec.groups, units, **given)
 
 
 def _parameters(model: MLP) -> dict[str, nn.Parameter]:
