@@ -5,7 +5,17 @@ from gradlab.keras._backend import keras  # first: it imports quietly, or says w
 # isort: split
 from gradlab.keras import clip, sweep
 from gradlab.keras.diagnose import diagnose
+from gradlab.keras.initialize import lsuv_
 from gradlab.keras.models import MLP
 from gradlab.keras.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "clip", "diagnose", "keras", "sweep"]
+__all__ = [
+    "MLP",
+    "GradientProbe",
+    "NonFiniteGradientError",
+    "clip",
+    "diagnose",
+    "keras",
+    "lsuv_",
+    "sweep",
+]

@@ -69,7 +69,7 @@ def diagnose(
         'singularity'
     """
     _check(model, loss_fn, optimizer)
-    return judge(measure(model, loss_fn, batch, optimizer=optimizer))
+    return judge(_measure(model, loss_fn, batch, optimizer=optimizer))
 
 
 def _check(model: Any, loss_fn: Any, optimizer: Any) -> None:
@@ -86,7 +86,7 @@ def _check(model: Any, loss_fn: Any, optimizer: Any) -> None:
         raise ValueError("diagnose cannot be called inside a tf.function: it runs the step eagerly")
 
 
-def measure(
+def _measure(
     model: keras.Model, loss_fn: Loss, batch: Any, *, optimizer: keras.Optimizer | None = None
 ) -> Measurements:
     """What `diagnose` judges; the same arguments and errors."""
@@ -507,4 +507,4 @@ def _summed(
     return closer[0] < closer[1]
 
 
-__all__ = ["Diagnosis", "diagnose", "measure"]
+__all__ = ["Diagnosis", "diagnose"]

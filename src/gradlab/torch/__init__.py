@@ -9,7 +9,8 @@ except ImportError as error:
 
 from gradlab.torch import clip, sweep
 from gradlab.torch.diagnose import diagnose
+from gradlab.torch.initialize import lsuv_
 from gradlab.torch.models import MLP
 from gradlab.torch.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "clip", "diagnose", "sweep"]
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "clip", "diagnose", "lsuv_", "sweep"]

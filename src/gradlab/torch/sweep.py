@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -98,8 +99,8 @@ def _pre_activations(
 
 @torch.no_grad()
 def _outputs(setting: Setting, w: Sequence[torch.Tensor], x: np.ndarray) -> np.ndarray:
-    *_, outputs = _pre_activations(setting, w, torch.from_numpy(x))
-    return outputs.numpy()
+    # Only the last is kept: all layers' would be the largest thing in memory.
+    return deque(_pre_activations(setting, w, torch.from_numpy(x)), maxlen=1).pop().numpy()
 
 
 def _cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
