@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _MODULES = frozenset(
     {"backprop", "claims", "data", "diagnosis", "history", "keras", "lanczos", "measurements"}
-    | {"mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch"}
+    | {"mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch", "updates"}
 )
 
 
