@@ -9,7 +9,7 @@ import pytest
 
 from gradlab import data, theory
 
-STEPS = 400
+STEPS = 160
 SETTINGS = [("gradient descent", 0.0)] + [
     (method, beta) for method in ("momentum", "nesterov", "adam") for beta in (0.5, 0.9)
 ]
@@ -24,12 +24,13 @@ def problem():
     x, t = digits.x_train.astype(float), np.eye(10)[digits.y_train]
     curvatures, directions = np.linalg.eigh(x.T @ x / len(x))
     start = np.random.default_rng(0).normal(size=(64, 10))
-    return x, t, start, directions[:, -1], curvatures[-1]
+    small = 1e-20  # so that a diverging gradient stays far below Adam's ε
+    return x, small * t, small * start, directions[:, -1], curvatures[-1]
 
 
 def still_grows(along):
     """Whether a component grows once the start is forgotten (rounding errors do not count)."""
-    return along[-10:].max() > max(along[100:110].max(), 1e-6 * along[0])
+    return along[-10:].max() > max(along[80:90].max(), 1e-6 * along[0])
 
 
 def torch_grows(method, beta, lr, problem):
@@ -78,7 +79,7 @@ def keras_grows(method, beta, lr, problem):
 @pytest.mark.parametrize(("method", "beta"), SETTINGS)
 def test_the_measured_limit_is_within_one_per_cent_of_the_predicted(grows, method, beta, problem):
     predicted = theory.stability_limit(method, beta)
-    low, high = 0.8 * predicted, 1.2 * predicted  # of learning rate × largest eigenvalue
+    low, high = 0.9 * predicted, 1.1 * predicted  # of learning rate × largest eigenvalue
     assert not grows(method, beta, low / problem[-1], problem)
     assert grows(method, beta, high / problem[-1], problem)
     while high / low > 1.002:
