@@ -72,7 +72,7 @@ def test_both_sides_have_the_same_names():
     assert set(gradlab.torch.__all__) == set(gradlab.keras.__all__) - {"keras"}
     here, there = ({p.name for p in (ROOT / s).glob("[a-z]*.py")} for s in ("torch", "keras"))
     assert here == there
-    for module in ("models", "probe", "sweep"):
+    for module in ("lbfgs", "models", "probe", "sweep"):
         one, two = (
             ast.parse((ROOT / side / f"{module}.py").read_text()).body
             for side in ("torch", "keras")

@@ -10,8 +10,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = frozenset(
-    {"backprop", "claims", "data", "diagnosis", "history", "keras", "lanczos", "measurements"}
-    | {"mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch"}
+    {"backprop", "claims", "data", "diagnosis", "history", "keras", "lanczos", "lbfgs"}
+    | {"measurements", "mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch"}
 )
 
 

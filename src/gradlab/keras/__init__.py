@@ -3,9 +3,9 @@
 from gradlab.keras._backend import keras  # first: it imports quietly, or says what is missing
 
 # isort: split
-from gradlab.keras import sweep
+from gradlab.keras import lbfgs, sweep
 from gradlab.keras.diagnose import diagnose
 from gradlab.keras.models import MLP
 from gradlab.keras.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "diagnose", "keras", "sweep"]
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "diagnose", "keras", "lbfgs", "sweep"]

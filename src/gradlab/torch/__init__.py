@@ -7,9 +7,9 @@ except ImportError as error:
         "gradlab.torch needs PyTorch, which is not installed: pip install torch"
     ) from error
 
-from gradlab.torch import sweep
+from gradlab.torch import lbfgs, sweep
 from gradlab.torch.diagnose import diagnose
 from gradlab.torch.models import MLP
 from gradlab.torch.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "diagnose", "sweep"]
+__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "diagnose", "lbfgs", "sweep"]
