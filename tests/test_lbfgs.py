@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradlab import data, mlp
-from gradlab.lbfgs import Recorder, Stop
+from gradlab.lbfgs import Recorder, Stop, two_loops
 
 
 class Torch:
@@ -237,10 +237,7 @@ def test_a_loss_per_sample_and_a_model_without_parameters_are_named(side):
     with pytest.raises(ValueError, match=r"loss_fn returned shape \(2,\), expected a scalar"):
         side.gl.lbfgs.minimize(model, lambda: model.w * 1.0, max_evaluations=5)
     np.testing.assert_array_equal(value(), [1, 1])
-    if isinstance(side, Torch):
-        empty = side.torch.nn.ReLU()
-    else:
-        empty = side.gl.keras.layers.ReLU()
+    empty = side.torch.nn.ReLU() if isinstance(side, Torch) else side.gl.keras.layers.ReLU()
     with pytest.raises(ValueError, match="ReLU has no"):
         side.gl.lbfgs.minimize(empty, lambda: None, max_evaluations=5)
 
@@ -252,16 +249,32 @@ def test_progress_goes_to_standard_error(side, capsys):
     )
     out, err = capsys.readouterr()
     assert out == ""
-    assert "L-BFGS 3/3: loss" in err
+    assert "3/3" in err
+    assert "gradient=" in err
 
 
 def test_the_recorder_keeps_the_best_of_the_finite():
     recorder = Recorder(5)
     for loss, largest in ((3.0, 1.0), (1.0, 2.0), (2.0, 0.5)):
         recorder.record(loss, largest, largest, lambda loss=loss: loss)
-    with pytest.raises(Stop, match="the gradient is not finite at evaluation 3; .*evaluation 1"):
+    with pytest.raises(Stop, match=r"the gradient is not finite at evaluation 3; .*evaluation 1"):
         recorder.record(0.5, np.inf, np.inf, lambda: pytest.fail("no point to keep"))
     assert (recorder.best, recorder.point) == (1, 1.0)
+
+
+def test_two_loops_are_the_bfgs_matrix():
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((6, 6))
+    hessian, gradient = root @ root.T + np.eye(6), rng.standard_normal(6)
+    pairs = [(s, hessian @ s) for s in rng.standard_normal((4, 6))]
+    s, y = pairs[-1]
+    inverse = s @ y / (y @ y) * np.eye(6)
+    for s, y in pairs:
+        left = np.eye(6) - np.outer(s, y) / (s @ y)
+        inverse = left @ inverse @ left.T + np.outer(s, s) / (s @ y)
+    np.testing.assert_allclose(two_loops(gradient, pairs), inverse @ gradient, rtol=1e-10)
+    np.testing.assert_allclose(two_loops(pairs[-1][1], pairs), pairs[-1][0], rtol=1e-10)
+    assert (two_loops(gradient, []) == gradient).all()
 
 
 @pytest.mark.parametrize("name", ["torch", "keras"])

@@ -85,7 +85,7 @@ def float64():
 
 
 def single(number):
-    """The float32 next to a number: Keras casts momentum and β through float32, in any precision."""
+    """The float32 next to a number: Keras casts momentum and β through it in any precision."""
     return float(np.float32(number))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import fields
 from itertools import pairwise
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
-from gradlab.sweep import minibatches
+from gradlab.sweep import MembersFailed, Update, distribute, minibatches
 
 SIDES = {"torch": "gradlab.torch.sweep", "keras": "gradlab.keras.sweep"}
 DERIVATIVE = {
@@ -211,3 +214,275 @@ def test_bad_arguments_are_named(train, change, message):
     arguments = {"weights": stack([6, 8, 4], 2), "x": x, "y": y, "lr": 0.1, "steps": 1} | change
     with pytest.raises(ValueError, match=message):
         train(arguments.pop("weights"), arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# Update rules, penalties, clipping, schedules: against PyTorch's own, one network at a time
+
+UPDATES = {
+    "sgd": {},
+    "momentum": {"rule": "momentum", "momentum": 0.8},
+    "nesterov": {"rule": "nesterov", "momentum": 0.8},
+    "rmsprop": {"rule": "rmsprop", "beta2": 0.9, "epsilon": 1e-6},
+    "adam": {"rule": "adam", "momentum": 0.85, "beta2": 0.97, "epsilon": 1e-6},
+    "l1 and l2": {"l1": 0.003, "l2": 0.02},
+    "adamw": {"rule": "adam", "momentum": 0.9, "weight_decay": 0.1},
+    "clip norm": {"clip": "norm", "threshold": 0.5},
+    "clip layer": {"clip": "layer", "threshold": 0.2},
+    "clip value": {"clip": "value", "threshold": 0.02},
+    "clip adaptive": {"clip": "adaptive", "threshold": 0.01},
+    "all": {"rule": "nesterov", "l2": 0.05, "weight_decay": 0.1, "clip": "norm", "threshold": 0.5},
+}
+
+
+def torch_optimizer(torch, w, lr, how):
+    rule, decay = how.get("rule", "sgd"), how.get("weight_decay", 0)
+    betas = how.get("momentum", 0.9), how.get("beta2", 0.999)
+    eps = how.get("epsilon", 1e-8)
+    if rule == "adam":
+        return torch.optim.AdamW(w, lr, betas, eps, weight_decay=decay)
+    if rule == "rmsprop":
+        return torch.optim.RMSprop(w, lr, betas[1], eps)
+    momentum = 0 if rule == "sgd" else betas[0]
+    return torch.optim.SGD(w, lr, momentum, nesterov=rule == "nesterov")
+
+
+def by_torch(weights, x, y, lr, batches, how, factors, normalization=None, skip=None):
+    """One network in float64 with PyTorch's own optimisers and clipping."""
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    w = [torch.tensor(array, requires_grad=True) for array in weights]
+    optimizer, norms = torch_optimizer(torch, w, lr, how), []
+    for batch, factor in zip(batches, factors, strict=True):
+        h = torch.tensor(x[batch])
+        for number, weight in enumerate(w):
+            z = h @ weight
+            if number + 1 == len(w):
+                break
+            if normalization == "batch":
+                z = F.batch_norm(z, None, None, training=True, eps=1e-5)
+            elif normalization == "layer":
+                z = F.layer_norm(z, z.shape[-1:], eps=1e-5)
+            same = skip is not None and weight.shape[0] == weight.shape[1]
+            h = h + skip * torch.relu(z) if same else torch.relu(z)
+        optimizer.zero_grad()
+        F.cross_entropy(z, torch.tensor(y[batch])).backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in w]).item())
+        for p in w:
+            p.grad += how.get("l1", 0) * p.detach().sign() + how.get("l2", 0) * p.detach()
+        threshold = how.get("threshold")
+        match how.get("clip"):
+            case "norm":
+                torch.nn.utils.clip_grad_norm_(w, threshold)
+            case "layer":
+                for p in w:
+                    torch.nn.utils.clip_grad_norm_([p], threshold)
+            case "value":
+                torch.nn.utils.clip_grad_value_(w, threshold)
+            case "adaptive":
+                for p in w:
+                    for unit in range(p.shape[1]):
+                        most = threshold * max(p.detach()[:, unit].norm().item(), 1e-3)
+                        p.grad[:, unit] *= min(1, most / max(p.grad[:, unit].norm().item(), 1e-300))
+        decay = how.get("weight_decay", 0) if how.get("rule") != "adam" else 0
+        optimizer.param_groups[0]["lr"] = lr * factor
+        before = [p.detach().clone() for p in w]
+        optimizer.step()
+        with torch.no_grad():
+            for p, old in zip(w, before, strict=True):
+                p -= lr * factor * decay * old
+    return norms, [p.detach().numpy() for p in w]
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_equal_pytorch_s_optimisers(train, name):
+    members, steps = 3, 12
+    weights, (x, y) = stack([6, 7, 7, 4], members, dtype="float64"), task()
+    lr, factors = np.array([0.02, 0.1, 0.3]), np.linspace(1, 0.2, steps)
+    update = Update(**UPDATES[name], schedule=factors)
+    rows = minibatches(50, members, steps, 8, seed=2)
+    result = train(weights, x, y, lr=lr, update=update, rows=rows)
+    for m in range(members):
+        alone = by_torch([w[m] for w in weights], x, y, lr[m], rows[:, m], UPDATES[name], factors)
+        # PyTorch's clipping adds 1e-6 to the norm.
+        tolerance = 3e-5 if "clip" in UPDATES[name] else 1e-9
+        np.testing.assert_allclose(result.grad_norm[:, m], alone[0], rtol=tolerance)
+        for got, expected in zip(result.weights, alone[1], strict=True):
+            np.testing.assert_allclose(got[m], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("normalization", [None, "batch", "layer"])
+@pytest.mark.parametrize("skip", [None, 0.5])
+def test_normalization_and_skip_equal_pytorch_s(train, normalization, skip):
+    weights, (x, y) = stack([6, 7, 7, 7, 4], 2, dtype="float64"), task()
+    rows = minibatches(50, 2, 6, 8, seed=2)
+    result = train(weights, x, y, lr=0.1, rows=rows, normalization=normalization, skip=skip)
+    for m in range(2):
+        own = [w[m] for w in weights]
+        alone = by_torch(own, x, y, 0.1, rows[:, m], {}, np.ones(6), normalization, skip)
+        np.testing.assert_allclose(result.grad_norm[:, m], alone[0], rtol=1e-9)
+        for got, expected in zip(result.weights, alone[1], strict=True):
+            np.testing.assert_allclose(got[m], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_every_number_may_differ_between_members(train):
+    weights, (x, y) = stack([6, 8, 4], 2), task()
+    rows = minibatches(50, 2, 5, 8, seed=3)
+    schedule = np.linspace(1, 2, 10).reshape(5, 2)
+    numbers = {"momentum": [0.5, 0.9], "l2": [0.0, 0.1], "threshold": [np.inf, 0.3]}
+    how = Update("momentum", clip="norm", schedule=schedule, **numbers)
+    both = train(weights, x, y, lr=[0.1, 0.2], update=how, rows=rows, record_updates=True)
+    for m in range(2):
+        own = {name: value[m] for name, value in numbers.items()}
+        one = train(
+            [w[m : m + 1] for w in weights], x, y, lr=[0.1, 0.2][m], rows=rows[:, m : m + 1],
+            update=Update("momentum", clip="norm", schedule=schedule[:, m], **own),
+        )  # fmt: skip
+        np.testing.assert_allclose(both.loss[:, m], one.loss[:, 0], rtol=1e-5)
+    moved = np.sqrt(sum(((a - b) ** 2).sum((1, 2)) for a, b in
+                        zip(both.weights, weights, strict=True)))  # fmt: skip
+    assert (both.update_norm.sum(0) >= moved * (1 - 1e-5)).all()
+    assert both.weight_norm[0] == pytest.approx(
+        np.sqrt(sum((w.astype(float) ** 2).sum((1, 2)) for w in weights)), rel=1e-6
+    )
+
+
+def test_clipping_survives_a_norm_whose_square_overflows(train):
+    weights, (x, y) = stack([6, 8, 4], 2), task()
+    huge = train(
+        weights, x, y, lr=0.1, steps=2, batch_size=8, output_scale=1e25,
+        update=Update(clip="norm", threshold=1.0), record_updates=True,
+    )  # fmt: skip
+    assert (huge.grad_norm > 1e20).all()
+    np.testing.assert_allclose(huge.update_norm, 0.1, rtol=1e-5)
+
+
+def test_training_and_test_accuracy_are_told_apart(train):
+    weights, (x, y) = stack([6, 32, 4], 2), task()
+    fitted = train(weights, x, y, lr=0.5, steps=300, batch_size=16, x_test=x, y_test=(y + 1) % 4)
+    assert (fitted.train_accuracy > 0.9).all()
+    assert (fitted.accuracy < 0.1).all()
+
+
+def test_progress_changes_nothing(train, capsys):
+    weights, (x, y) = stack([6, 8, 4], 2), task()
+    how = {"lr": 0.1, "steps": 45, "batch_size": 8, "update": Update("adam"), "record_layers": True}
+    quiet = train(weights, x, y, **how)
+    assert capsys.readouterr().err == ""
+    shown = train(weights, x, y, **how, progress=True)
+    assert "45/45" in capsys.readouterr().err
+    np.testing.assert_array_equal(quiet.loss, shown.loss)
+    np.testing.assert_array_equal(quiet.delta_norm, shown.delta_norm)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rule": "lion"}, "rule must be one of"),
+        ({"clip": "agc"}, "clip must be one of"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"l2": -1.0}, "l2 must be ≥ 0"),
+        ({"epsilon": np.nan}, "epsilon must be ≥ 0"),
+        ({"threshold": 1.0}, "nothing is clipped"),
+        ({"clip": "norm", "threshold": 0.0}, "threshold must be > 0"),
+    ],
+)
+def test_an_update_that_makes_no_sense_says_so(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Update(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"update": "adam"}, "must be a gradlab.sweep.Update"),
+        ({"update": Update(l2=[1.0, 2.0, 3.0])}, r"l2 has shape \(3,\)"),
+        ({"update": Update(schedule=[1.0])}, r"schedule has shape \(1,\), expected \(4,\)"),
+        ({"rows": np.zeros((4, 3, 2), int)}, r"expected \(steps, 2, batch\)"),
+        ({"rows": np.full((4, 2, 2), 50)}, "integers from 0 to 49"),
+        ({"normalization": "group"}, "normalization 'group'"),
+    ],
+)
+def test_settings_that_do_not_fit_say_so(train, wrong, message):
+    weights, (x, y) = stack([6, 8, 4], 2), task()
+    with pytest.raises(ValueError, match=message):
+        train(weights, x, y, **({"lr": 0.1, "steps": 4, "batch_size": 2} | wrong))
+
+
+# ---------------------------------------------------------------------------------------------
+# Members spread over processes
+
+EVERYTHING = {
+    "lr": np.linspace(0.05, 0.2, 5), "steps": 6, "batch_size": 8, "record_layers": True,
+    "update": Update("momentum", l2=np.linspace(0, 0.1, 5), schedule=np.ones((6, 5))),
+}  # fmt: skip
+
+
+def same(one, other):
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        for left, right in zip(a, b, strict=True) if field.name == "weights" else [(a, b)]:
+            assert (left is None) == (right is None), field.name
+            if left is not None:
+                np.testing.assert_allclose(left, right, rtol=2e-5, err_msg=field.name)
+
+
+def test_distribute_equals_train(train, capsys):
+    weights, (x, y) = stack([6, 8, 4], 5), task(members=5)
+    whole = train(weights, x, y, **EVERYTHING)
+    same(whole, distribute(train, weights, x, y, **EVERYTHING, share=2))
+    assert "5/5" in capsys.readouterr().err
+
+
+def test_distribute_over_processes(train):
+    weights, (x, y) = stack([6, 8, 4], 5), task()
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        parts = distribute(train, weights, x, y, **EVERYTHING, share=3, executor=pool)
+        same(train(weights, x, y, **EVERYTHING), parts)
+        with pytest.raises(MembersFailed, match=r"2 of 2 shares .* activation 'sine'"):
+            distribute(train, weights, x, y, lr=0.1, activation="sine", share=3, executor=pool)
+
+
+def test_distribute_on_a_dask_cluster():
+    pytest.importorskip("torch")
+    from distributed import Client, LocalCluster
+
+    from gradlab.torch.sweep import train
+
+    weights, (x, y) = stack([6, 8, 4], 5), task()
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        parts = distribute(
+            train, weights, x, y, **EVERYTHING, share=2, executor=client.get_executor()
+        )
+    same(train(weights, x, y, **EVERYTHING), parts)
+
+
+class _Dying:
+    """A framework whose second share of members ends with its machine."""
+
+    def __init__(self, train):
+        self.train, self.calls = train, 0
+
+    def __call__(self, weights, x, y, **settings):
+        self.calls += 1
+        if self.calls == 2:
+            raise OSError("the machine went away")
+        return self.train(weights, x, y, **settings)
+
+
+def test_what_other_shares_computed_is_not_lost(train):
+    weights, (x, y) = stack([6, 8, 4], 5), task()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(MembersFailed, match="from member 2") as e:
+        distribute(_Dying(train), weights, x, y, **EVERYTHING, share=2, executor=pool)
+    assert sorted(e.value.results) == [0, 4]
+    assert e.value.results[4].loss.shape == (6, 1)
+
+
+def test_a_share_below_one_says_so(train):
+    with pytest.raises(ValueError, match="share must be at least 1, got 0"):
+        distribute(train, stack([6, 4], 2), *task(), lr=0.1, share=0)

@@ -12,12 +12,12 @@ one call of the loss together with its gradient, and every one of them counts.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LBFGSResult:
         return len(self.loss)
 
 
-class Stop(Exception):  # noqa: N818, it is no error
+class Stop(Exception):
     """Ends a run from within the optimiser.  Its text becomes the result's message."""
 
 
@@ -56,7 +56,7 @@ class Recorder:
     Args:
         max_evaluations: the budget, ≥ 1.
         on_evaluation: called after every evaluation with its number, loss and gradient norm.
-        progress: whether to show them on the standard error stream.
+        progress: whether to show a progress bar over the evaluations.
 
     Raises:
         ValueError: a budget below 1.
@@ -74,7 +74,8 @@ class Recorder:
         self.loss: list[float] = []
         self.grad_norm: list[float] = []
         self.best, self.point, self.largest = -1, None, math.inf
-        self._on_evaluation, self._progress = on_evaluation, progress
+        self._on_evaluation = on_evaluation
+        self._bar = tqdm(total=max_evaluations, unit="evaluation", disable=not progress)
 
     def check_budget(self) -> None:
         """Raise `Stop` when no evaluation is left; call it before each."""
@@ -101,11 +102,10 @@ class Recorder:
         finite = math.isfinite(loss) and math.isfinite(largest)
         if finite and (self.best < 0 or loss < self.loss[self.best]):
             self.best, self.point, self.largest = number, point(), largest
-        if self._progress:
-            end = "" if number + 1 < self.max_evaluations else "\n"
-            text = f"\rL-BFGS {number + 1}/{self.max_evaluations}: "
-            text += f"loss {loss:.6g}, gradient {grad_norm:.3g}   "
-            print(text, end=end, file=sys.stderr, flush=True)
+        self._bar.set_postfix(
+            {"loss": f"{loss:.3g}", "gradient": f"{grad_norm:.3g}"}, refresh=False
+        )
+        self._bar.update()
         if self._on_evaluation is not None:
             self._on_evaluation(number, loss, grad_norm)
         if not finite:
@@ -119,6 +119,7 @@ class Recorder:
 
     def result(self, message: str, tolerance: float) -> LBFGSResult:
         """The result; `message` says why the optimiser ended, unless it converged."""
+        self._bar.close()
         converged = self.best >= 0 and self.largest <= tolerance
         if converged:
             message = f"converged: no component of the gradient exceeds {tolerance:g}"
@@ -129,6 +130,30 @@ class Recorder:
             converged=converged,
             message=message,
         )
+
+
+def two_loops(gradient: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The gradient divided by the curvature that the pairs tell of (Liu and Nocedal 1989).
+
+    Args:
+        gradient: flat, shape (parameters,).
+        pairs: (s, y), oldest first: a step, and by how much the gradient changed along it.  Each
+            has s·y > 0.
+
+    Returns:
+        H⁻¹ times the gradient, for the H that maps the last s to its y and is the BFGS update by
+        the pairs of (y·y / s·y) × identity, the last pair's.  The gradient itself without pairs.
+    """
+    q, factors = np.array(gradient, float), []
+    for s, y in reversed(pairs):
+        factors.append(s @ q / (s @ y))
+        q -= factors[-1] * y
+    if pairs:
+        s, y = pairs[-1]
+        q *= s @ y / (y @ y)
+    for (s, y), factor in zip(pairs, reversed(factors), strict=True):
+        q += (factor - y @ q / (s @ y)) * s
+    return q
 
 
 def check_arguments(history: int, tolerance: float) -> None:

@@ -1,21 +1,31 @@
 """Many small networks trained at once: what both frameworks' `sweep.train` share.
 
-A *member* is one network with its own weights, learning rate and minibatches.  All members have
-the same shape, so that one stacked matrix product serves them all: forty networks cost little more
-than one.  This module holds the arguments' checks, the minibatches and the result; the training
-itself is in `gradlab.torch.sweep` and `gradlab.keras.sweep`, under one name and signature.
+A *member* is one network with its own weights, learning rate, settings and minibatches.  All
+members have the same shape, so that one stacked matrix product serves them all: forty networks
+cost little more than one, where one is too small to keep a processor busy.  This module holds the
+arguments' checks, the minibatches and the result, and `distribute`, which spreads the members over
+processes or machines; the training itself is in `gradlab.torch.sweep` and `gradlab.keras.sweep`,
+under one name and signature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from tqdm.auto import tqdm
+
+from gradlab.updates import NUMBERS, Number, Plan, Update
+
+__all__ = ["MembersFailed", "SweepResult", "Update", "distribute", "minibatches"]
 
 ACTIVATIONS = ("relu", "tanh", "linear")
 LOSSES = ("cross_entropy", "mse")
+NORMALIZATIONS = (None, "batch", "layer")
 
 
 @dataclass(frozen=True)
@@ -23,13 +33,19 @@ class SweepResult:
     """What a sweep measured.  "Step t" means before the t-th update, counted from 0.
 
     Attributes:
-        loss: mean minibatch loss, shape (steps, members).
-        grad_norm: Euclidean norm of the gradient over all weights, shape (steps, members).
+        loss: mean minibatch loss, without penalties, shape (steps, members).
+        grad_norm: Euclidean norm of that loss's gradient over all weights, before any clipping,
+            shape (steps, members).
         delta_norm: Euclidean norm over the minibatch of the gradient of the mean loss with respect
-            to each layer's pre-activation, shape (steps, members, layers); None unless recorded.
+            to each layer's output before normalisation and activation, shape (steps, members,
+            layers); None unless recorded.
+        update_norm: Euclidean norm of what the step adds to the weights, shape (steps, members);
+            None unless recorded.
+        weight_norm: Euclidean norm of all weights, shape (steps, members); None unless recorded.
         accuracy: share of the test examples (of the training examples when no test set is given)
             that the trained member classifies right, shape (members,); NaN for a failed member and
             for a regression.
+        train_accuracy: the same of the training examples.
         failed: whether the loss, a gradient or a weight stopped being finite, shape (members,).
         first_nonfinite: the first step at which that showed, shape (members,); -1 if never.
         weights: the trained weights, one array (members, fan_in, fan_out) per layer.
@@ -38,10 +54,26 @@ class SweepResult:
     loss: np.ndarray
     grad_norm: np.ndarray
     delta_norm: np.ndarray | None
+    update_norm: np.ndarray | None
+    weight_norm: np.ndarray | None
     accuracy: np.ndarray
+    train_accuracy: np.ndarray
     failed: np.ndarray
     first_nonfinite: np.ndarray
     weights: tuple[np.ndarray, ...]
+
+
+class Setting(NamedTuple):
+    """What is computed, whatever the numbers: fixed when a graph is traced."""
+
+    activation: str
+    loss: str
+    output_scale: float
+    normalization: str | None
+    skip: float | None
+    plan: Plan
+    record_layers: bool
+    record_updates: bool
 
 
 @dataclass(frozen=True)
@@ -49,17 +81,46 @@ class Problem:
     """The checked arguments of a sweep, as arrays of one floating dtype."""
 
     weights: tuple[np.ndarray, ...]  # (members, fan_in, fan_out) each
-    x: np.ndarray  # (rows, features): all members' examples below each other, unless shared
-    y: np.ndarray  # (rows,) classes or (rows, outputs) targets, likewise
-    x_rows: np.ndarray  # (steps, members, batch) int64: the rows of x in each minibatch
+    x: np.ndarray  # (n, features) or (members, n, features)
+    y: np.ndarray  # (n,) classes or (n, outputs) targets, or stacked likewise
+    x_rows: (
+        np.ndarray
+    )  # (steps, members, batch) int64: each minibatch's rows of x, stacks flattened
     y_rows: np.ndarray  # the same rows of y, which may be stacked when x is shared
-    lr: np.ndarray  # (members, 1, 1)
+    rates: np.ndarray  # (steps, members, 1, 1)
+    numbers: dict[str, np.ndarray]  # of the update, (members, 1, 1) each
     x_test: np.ndarray  # (n_test, features) or (members, n_test, features)
     y_test: np.ndarray
+    setting: Setting
+    progress: bool
 
-    @property
-    def members(self) -> int:
-        return len(self.weights[0])
+    def flat_x(self) -> np.ndarray:
+        """All members' inputs below each other, (rows, features): what `x_rows` counts."""
+        return self.x.reshape(-1, self.x.shape[-1])
+
+    def flat_y(self) -> np.ndarray:
+        """The same of the targets: what `y_rows` counts."""
+        tail = () if self.setting.loss == "cross_entropy" else self.y.shape[-1:]
+        return self.y.reshape(-1, *tail)
+
+
+class Measured(NamedTuple):
+    """What a framework measures while it trains; shapes as in `SweepResult`."""
+
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    delta_norm: np.ndarray | None
+    update_norm: np.ndarray | None
+    weight_norm: np.ndarray | None
+    weights: Sequence[np.ndarray]
+    outputs: np.ndarray  # of the trained members on the test set, (members, n_test, outputs)
+    train_outputs: np.ndarray  # on the training set
+
+
+class Train(Protocol):
+    """A framework's `sweep.train`."""
+
+    def __call__(self, weights, x, y, *, lr, **settings) -> SweepResult: ...
 
 
 def minibatches(n: int, members: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
@@ -76,33 +137,112 @@ def minibatches(n: int, members: int, steps: int, batch_size: int, seed: int) ->
     return np.random.default_rng(seed).integers(n, size=(steps, members, batch_size))
 
 
-def check(
-    weights: Sequence[np.ndarray],
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    lr: float | np.ndarray,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    activation: str,
-    loss: str,
-    x_test: np.ndarray | None,
-    y_test: np.ndarray | None,
-) -> Problem:
-    """The arguments of `train`, checked and turned into arrays.  See there for their meaning.
+def adds_input(setting: Setting, weights: Sequence, layer: int) -> bool:
+    """Whether layer number `layer` adds its input to its output."""
+    _, fan_in, fan_out = weights[layer].shape
+    return setting.skip is not None and fan_in == fan_out and layer + 1 < len(weights)
 
-    Raises:
-        ValueError: an argument whose shape or value does not fit; the message says what came and
-            what was expected.
+
+def trainer(engine: Callable[[Problem], Measured], module: str) -> Train:
+    """A framework's `train`: one signature, one check and one judgement around its engine.
+
+    Args:
+        engine: trains a checked problem and returns what it measured.
+        module: the module that calls it; processes look `train` up there.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is none of {ACTIVATIONS}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss {loss!r} is none of {LOSSES}")
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def train(
+        weights: Sequence[np.ndarray],
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        lr: Number,
+        update: Update = Update(),  # noqa: B008 (frozen)
+        steps: int = 200,
+        batch_size: int = 64,
+        seed: int = 0,
+        rows: np.ndarray | None = None,
+        activation: str = "relu",
+        loss: str = "cross_entropy",
+        output_scale: float = 1.0,
+        normalization: str | None = None,
+        skip: float | None = None,
+        x_test: np.ndarray | None = None,
+        y_test: np.ndarray | None = None,
+        record_layers: bool = False,
+        record_updates: bool = False,
+        progress: bool = False,
+    ) -> SweepResult:
+        """Train a stack of multilayer perceptrons without biases on minibatches.
+
+        A member's arithmetic never meets another's: one that overflows leaves the rest as they
+        were.  The arrays passed in are not changed.
+
+        Args:
+            weights: one array (members, fan_in, fan_out) per layer, all float32 or all float64,
+                which is then the precision of the training.
+            x: inputs, shape (n, features) for all members or (members, n, features).
+            y: integer classes, shape (n,) or (members, n); for "mse" targets, shape (n, outputs)
+                or (members, n, outputs).
+            lr: learning rate, one for all or one per member.
+            update: penalties, clipping, rule and schedule; plain gradient descent when left out.
+            steps: number of updates.
+            batch_size: examples per minibatch, drawn with replacement.
+            seed: of the minibatches; the same seed gives both frameworks the same ones.
+            rows: the minibatches themselves, shape (steps, members, batch), as `minibatches` gives
+                them; `steps`, `batch_size` and `seed` then have no say.
+            activation: "relu", "tanh" or "linear", after every layer but the last.
+            loss: "cross_entropy" of softmax outputs, or "mse", half the squared distance to the
+                target; both averaged over the minibatch.
+            output_scale: a constant that multiplies the outputs before the loss; not trained.
+            normalization: None, "batch" or "layer", before the activation of every layer but the
+                last, without learned scale and shift; "batch" always takes the statistics of the
+                examples at hand, in the evaluation too.
+            skip: None, or s for x + s·layer(x) in every layer but the last whose input and output
+                have the same width.
+            x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
+            record_layers: whether to keep the gradient norm of each layer's output.
+            record_updates: whether to keep the norms of updates and weights.
+            progress: whether to show a progress bar over the steps.
+
+        Returns:
+            A `gradlab.sweep.SweepResult`.
+
+        Raises:
+            ValueError: an argument whose shape or value does not fit.
+
+        Example:
+            >>> w = [np.ones((2, 3, 3), "float32"), np.ones((2, 3, 2), "float32")]
+            >>> x, y = np.eye(3), np.array([0, 1, 0])
+            >>> train(w, x, y, lr=[0.1, 1e30], steps=5).failed.tolist()
+            [False, True]
+        """
+        problem = _check(
+            weights, x, y, lr=lr, update=update, steps=steps, batch_size=batch_size, seed=seed,
+            rows=rows, activation=activation, loss=loss, output_scale=output_scale,
+            normalization=normalization, skip=skip, x_test=x_test, y_test=y_test,
+            record_layers=record_layers, record_updates=record_updates, progress=progress,
+        )  # fmt: skip
+        return _judge(problem, engine(problem))
+
+    train.__module__, train.__qualname__ = module, "train"
+    return train
+
+
+def _check(
+    weights, x, y, *, lr, update, steps, batch_size, seed, rows, activation, loss, output_scale,
+    normalization, skip, x_test, y_test, record_layers, record_updates, progress,
+) -> Problem:  # fmt: skip
+    """The arguments of `train` as a problem; a ValueError if one does not fit."""
+    for name, value, allowed in (
+        ("activation", activation, ACTIVATIONS),
+        ("loss", loss, LOSSES),
+        ("normalization", normalization, NORMALIZATIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is none of {allowed}")
+    if not isinstance(update, Update):
+        raise ValueError(f"update must be a gradlab.sweep.Update, got {update!r}")
     weights = _check_weights(weights)
     dtype = weights[0].dtype
     members, features = weights[0].shape[:2]
@@ -115,23 +255,47 @@ def check(
     else:
         names = ("x_test", x_test, "y_test", y_test)
         x_test, y_test = _check_data(*names, dtype, members, features, outputs, loss)
-    lr = np.asarray(lr, dtype)
-    if lr.shape not in ((), (members,)):
-        raise ValueError(f"lr has shape {lr.shape}, expected a number or ({members},)")
     n = x.shape[-2]
-    rows = minibatches(n, members, steps, batch_size, seed)
+    if rows is None:
+        for name, value in (("steps", steps), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        rows = minibatches(n, members, steps, batch_size, seed)
+    else:
+        rows = _check_rows(rows, members, n)
     stacked_rows = rows + n * np.arange(members)[:, None]
-    tail = () if loss == "cross_entropy" else (outputs,)
+    rates = update.rates(lr, len(rows), members, dtype)
     return Problem(
         weights=weights,
-        x=x.reshape(-1, features),
-        y=y.reshape(-1, *tail),
+        x=x,
+        y=y,
         x_rows=stacked_rows if x.ndim == 3 else rows,
-        y_rows=stacked_rows if y.ndim == 2 + len(tail) else rows,
-        lr=np.broadcast_to(lr, (members,))[:, None, None].copy(),
+        y_rows=stacked_rows if y.ndim == (2 if loss == "cross_entropy" else 3) else rows,
+        rates=np.broadcast_to(rates, (len(rows), members, 1, 1)).copy(),
+        numbers=update.numbers(members, dtype),
         x_test=x_test,
         y_test=y_test,
+        setting=Setting(
+            activation,
+            loss,
+            output_scale,
+            normalization,
+            skip,
+            update.plan(),
+            record_layers,
+            record_updates,
+        ),
+        progress=progress,
     )
+
+
+def _check_rows(rows: np.ndarray, members: int, n: int) -> np.ndarray:
+    rows = np.asarray(rows)
+    if rows.ndim != 3 or rows.shape[1] != members or 0 in rows.shape:
+        raise ValueError(f"rows have shape {rows.shape}, expected (steps, {members}, batch)")
+    if not np.issubdtype(rows.dtype, np.integer) or rows.min() < 0 or rows.max() >= n:
+        raise ValueError(f"rows must be integers from 0 to {n - 1}, got {rows.dtype} {rows!r}")
+    return rows.astype(np.int64)
 
 
 def _check_weights(weights: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -190,35 +354,166 @@ def _check_data(
     return x, y.astype(np.int64)
 
 
-def judge(
-    problem: Problem,
-    loss: np.ndarray,
-    grad_norm: np.ndarray,
-    delta_norm: np.ndarray | None,
-    weights: Sequence[np.ndarray],
-    outputs: np.ndarray,
-) -> SweepResult:
-    """The result of a sweep, from what a framework measured.
-
-    Args:
-        problem: what was trained.
-        loss, grad_norm, delta_norm: as in `SweepResult`.
-        weights: the trained weights.
-        outputs: the trained members' outputs on the test set, shape (members, n_test, outputs).
-    """
+def _judge(problem: Problem, measured: Measured) -> SweepResult:
+    """The result of a sweep, from what a framework measured."""
+    loss, grad_norm, weights = measured.loss, measured.grad_norm, tuple(measured.weights)
     bad = ~(np.isfinite(loss) & np.isfinite(grad_norm))  # (steps, members)
     bad[-1] |= ~np.all([np.isfinite(w).all((1, 2)) for w in weights], axis=0)
     failed = bad.any(0)
-    accuracy = np.full(problem.members, np.nan)
-    if np.issubdtype(problem.y_test.dtype, np.integer):
-        right = (outputs.argmax(-1) == problem.y_test).mean(-1)
-        accuracy = np.where(failed, np.nan, right)
+
+    def accuracy(outputs: np.ndarray, y: np.ndarray) -> np.ndarray:
+        if not np.issubdtype(y.dtype, np.integer):
+            return np.full(failed.shape, np.nan)
+        return np.where(failed, np.nan, (outputs.argmax(-1) == y).mean(-1))
+
     return SweepResult(
         loss=loss,
         grad_norm=grad_norm,
-        delta_norm=delta_norm,
-        accuracy=accuracy,
+        delta_norm=measured.delta_norm,
+        update_norm=measured.update_norm,
+        weight_norm=measured.weight_norm,
+        accuracy=accuracy(measured.outputs, problem.y_test),
+        train_accuracy=accuracy(measured.train_outputs, problem.y),
         failed=failed,
         first_nonfinite=np.where(failed, bad.argmax(0), -1),
-        weights=tuple(weights),
+        weights=weights,
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Members spread over processes or machines
+
+
+class MembersFailed(RuntimeError):
+    """Some members could not be trained; the others were.
+
+    Attributes:
+        errors: from the first member of a failed share to what it raised.
+        results: from the first member of a trained share to its `SweepResult`.
+    """
+
+    def __init__(self, errors: dict[int, BaseException], results: dict[int, SweepResult]) -> None:
+        first, error = next(iter(sorted(errors.items())))
+        super().__init__(
+            f"{len(errors)} of {len(errors) + len(results)} shares of the members failed, the "
+            f"first from member {first} on: {type(error).__name__}: {error}. What the others gave "
+            "is in this error's `results`"
+        )
+        self.errors = errors
+        self.results = results
+
+
+def distribute(
+    train: Train,
+    weights: Sequence[np.ndarray],
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    lr: Number,
+    update: Update = Update(),  # noqa: B008 (frozen)
+    steps: int = 200,
+    batch_size: int = 64,
+    seed: int = 0,
+    rows: np.ndarray | None = None,
+    share: int = 16,
+    executor: Executor | None = None,
+    progress: bool = True,
+    **settings: object,
+) -> SweepResult:
+    """`train(...)`, a share of the members at a time, wherever an executor runs them.
+
+    The result is the one that `train` gives for all members at once: the minibatches are drawn
+    once for all, and members do not meet.  It needs the memory of one share per worker.
+
+    Args:
+        train: `gradlab.torch.sweep.train` or `gradlab.keras.sweep.train`.
+        weights, x, y, lr, update, steps, batch_size, seed, rows, settings: as `train` takes them.
+        share: members per task, ≥ 1.
+        executor: anything that implements `concurrent.futures.Executor`: a `ProcessPoolExecutor`
+            (with the "spawn" or "forkserver" start method: TensorFlow does not survive a fork), a
+            Dask cluster's `client.get_executor()`, `mpi4py.futures.MPIPoolExecutor`.  Give each
+            worker one framework thread (OMP_NUM_THREADS=1).  None trains here, one share after
+            another.
+        progress: whether to show a bar over the members.
+
+    Raises:
+        ValueError: as `train`; a share below 1.
+        MembersFailed: a worker died or raised; what the others computed is not lost.
+    """
+    if share < 1:
+        raise ValueError(f"share must be at least 1, got {share}")
+    weights = _check_weights(weights)
+    members, n = len(weights[0]), np.shape(x)[-2]
+    if rows is None:
+        rows = minibatches(n, members, steps, batch_size, seed)
+    tasks = {}
+    for start in range(0, members, share):
+        part = slice(start, start + share)
+        tasks[start] = {
+            "weights": [w[part] for w in weights],
+            "x": x,
+            "y": y,
+            "lr": _part(lr, part, members),
+            "update": _part_of_update(update, part, members),
+            "rows": rows[:, part],
+            **settings,
+        }
+        targets = 3 if settings.get("loss") == "mse" else 2
+        for name, stacked in (("x", 3), ("x_test", 3), ("y", targets), ("y_test", targets)):
+            array = tasks[start].get(name)
+            if array is not None and np.ndim(array) == stacked:
+                tasks[start][name] = np.asarray(array)[part]
+
+    results, errors = {}, {}
+    with tqdm(total=members, unit="network", disable=not progress) as bar:
+        for start, outcome in _outcomes(train, tasks, executor):
+            if isinstance(outcome, BaseException):
+                errors[start] = outcome
+            else:
+                results[start] = outcome
+                bar.update(len(outcome.failed))
+    if errors and executor is None:
+        raise next(iter(errors.values()))
+    if errors:
+        raise MembersFailed(errors, results) from next(iter(errors.values()))
+    return _joined([results[start] for start in sorted(results)])
+
+
+def _outcomes(train: Train, tasks: dict[int, dict], executor: Executor | None):
+    """(first member, result or error) of every task, as they end."""
+    if executor is None:
+        for start, task in tasks.items():
+            try:
+                yield start, train(**task)
+            except Exception as error:
+                yield start, error
+                return
+        return
+    futures = {executor.submit(train, **task): start for start, task in tasks.items()}
+    for future in as_completed(futures):
+        yield futures[future], future.exception() or future.result()
+
+
+def _part(number: Number, part: slice, members: int) -> Number:
+    return np.asarray(number)[part] if np.shape(number) == (members,) else number
+
+
+def _part_of_update(update: Update, part: slice, members: int) -> Update:
+    own = {name: _part(getattr(update, name), part, members) for name in NUMBERS}
+    if np.ndim(update.schedule) == 2:
+        own["schedule"] = np.asarray(update.schedule)[:, part]
+    return replace(update, **own)
+
+
+def _joined(results: Sequence[SweepResult]) -> SweepResult:
+    """The results of consecutive members as one."""
+
+    def join(name: str):
+        parts = [getattr(result, name) for result in results]
+        if name == "weights":
+            return tuple(np.concatenate(layer) for layer in zip(*parts, strict=True))
+        if parts[0] is None:
+            return None
+        return np.concatenate(parts, axis=min(1, parts[0].ndim - 1))  # members, after steps if any
+
+    return SweepResult(**{field.name: join(field.name) for field in fields(SweepResult)})

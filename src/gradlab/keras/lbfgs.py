@@ -37,7 +37,7 @@ def minimize(
             parameters together.
         tolerance: the run ends when no component of the gradient is larger.
         on_evaluation: called after every evaluation with its number from 0, loss and gradient norm.
-        progress: whether to show them on the standard error stream.
+        progress: whether to show a progress bar over the evaluations.
 
     Returns:
         An `LBFGSResult`.  A loss or gradient that is not finite ends the run; the message says so.

@@ -6,113 +6,127 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
+from tqdm.auto import tqdm
 
-from gradlab.sweep import SweepResult, check, judge
+from gradlab.mlp import EPSILON
+from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
+from gradlab.updates import Functions, memory, move
 
 _ACTIVATIONS = {"relu": tf.nn.relu, "tanh": tf.tanh, "linear": tf.identity}
+_NORMALIZED_AXIS = {"batch": 1, "layer": 2}
 
 
-def train(
-    weights: Sequence[np.ndarray],
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    lr: float | np.ndarray,
-    steps: int = 200,
-    batch_size: int = 64,
-    seed: int = 0,
-    activation: str = "relu",
-    loss: str = "cross_entropy",
-    output_scale: float = 1.0,
-    x_test: np.ndarray | None = None,
-    y_test: np.ndarray | None = None,
-    record_layers: bool = False,
-) -> SweepResult:
-    """Train a stack of multilayer perceptrons without biases by minibatch gradient descent.
+def _norm(stack: tf.Tensor, axes: tuple[int, ...] = (1, 2)) -> tf.Tensor:
+    """Norm of each member's matrix, summed in float64: float32 squares overflow beyond 1e19."""
+    squares = tf.square(tf.cast(stack, tf.float64))
+    return tf.sqrt(tf.reduce_sum(squares, axes, keepdims=True))
 
-    A member's arithmetic never meets another's: one that overflows leaves the rest as they were.
-    The arrays passed in are not changed.
 
-    Args:
-        weights: one array (members, fan_in, fan_out) per layer, all float32 or all float64, which
-            is then the precision of the training.
-        x: inputs, shape (n, features) for all members or (members, n, features).
-        y: integer classes, shape (n,) or (members, n); for "mse" targets, shape (n, outputs) or
-            (members, n, outputs).
-        lr: learning rate, one for all or one per member.
-        steps: number of updates.
-        batch_size: examples per minibatch, drawn with replacement.
-        seed: of the minibatches; the same seed gives both frameworks the same ones.
-        activation: "relu", "tanh" or "linear", after every layer but the last.
-        loss: "cross_entropy" of softmax outputs, or "mse", half the squared distance to the
-            target; both averaged over the minibatch.
-        output_scale: a constant that multiplies the outputs before the loss; it is not trained.
-        x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
-        record_layers: whether to keep the gradient norm of each layer's pre-activation.
+_FUNCTIONS = Functions(
+    sign=tf.sign,
+    sqrt=tf.sqrt,
+    between=tf.clip_by_value,
+    at_least=lambda a, number: tf.maximum(a, tf.cast(number, a.dtype)),
+    norm=_norm,
+    cast=lambda a, like: tf.cast(a, like.dtype),
+)
 
-    Returns:
-        A `SweepResult`.
+#: Into how many pieces a training is cut to show its progress; each leaves the graph once.
+_PIECES = 20
 
-    Raises:
-        ValueError: an argument whose shape or value does not fit.
 
-    Example:
-        >>> w = [np.ones((2, 3, 3), "float32"), np.ones((2, 3, 2), "float32")]
-        >>> x, y = np.eye(3), np.array([0, 1, 0])
-        >>> train(w, x, y, lr=[0.1, 1e30], steps=5).failed.tolist()
-        [False, True]
-    """
-    problem = check(
-        weights, x, y, lr=lr, steps=steps, batch_size=batch_size, seed=seed,
-        activation=activation, loss=loss, x_test=x_test, y_test=y_test,
-    )  # fmt: skip
-    w, losses, grad_norms, delta_norms, outputs = _train(
-        tuple(map(tf.constant, problem.weights)),
-        *map(tf.constant, (problem.x, problem.y, problem.x_rows, problem.y_rows, problem.lr)),
-        tf.constant(problem.x_test),
-        tf.constant(output_scale, problem.x.dtype),
-        activation=activation,
+def _train(problem: Problem) -> Measured:
+    setting, steps = problem.setting, len(problem.rates)
+    w = tuple(map(tf.constant, problem.weights))
+    kept = memory(setting.plan, w, tf.zeros_like)
+    x, y = tf.constant(problem.flat_x()), tf.constant(problem.flat_y())
+    numbers = {name: tf.constant(array) for name, array in problem.numbers.items()}
+    size = -(-steps // _PIECES) if problem.progress else steps
+    measured = []
+    with tqdm(total=steps, unit="step", disable=not problem.progress) as bar:
+        for start in range(0, steps, size):
+            here = slice(start, start + size)
+            by_step = (problem.x_rows[here], problem.y_rows[here], problem.rates[here])
+            w, kept, *norms = _steps(
+                w, kept, x, y, *map(tf.constant, by_step), tf.constant(start), numbers, setting
+            )
+            measured.append([norm.numpy() for norm in norms])
+            bar.update(len(by_step[0]))
+    loss, grad_norm, delta_norm, update_norm, weight_norm = (
+        np.concatenate(pieces) for pieces in zip(*measured, strict=True)
+    )
+    outputs = _outputs(w, tf.constant(problem.x_test), setting).numpy()
+    alike = problem.x_test is problem.x
+    return Measured(
         loss=loss,
-        record_layers=record_layers,
-    )
-    return judge(
-        problem,
-        losses.numpy(),
-        grad_norms.numpy(),
-        delta_norms.numpy() if record_layers else None,
-        [weight.numpy() for weight in w],
-        outputs.numpy(),
+        grad_norm=grad_norm,
+        delta_norm=delta_norm if setting.record_layers else None,
+        update_norm=update_norm if setting.record_updates else None,
+        weight_norm=weight_norm if setting.record_updates else None,
+        weights=[weight.numpy() for weight in w],
+        outputs=outputs,
+        train_outputs=outputs if alike else _outputs(w, tf.constant(problem.x), setting).numpy(),
     )
 
 
-@tf.function
-def _train(w, x, y, x_rows, y_rows, lr, x_test, scale, *, activation, loss, record_layers):
-    """The whole training as one graph, so that Python is left once and not once a step."""
-    steps = tf.shape(x_rows)[0]
+@tf.function(reduce_retracing=True)
+def _steps(w, kept, x, y, x_rows, y_rows, rates, before, numbers, setting):
+    """Many steps as one graph, so that Python is left once and not once a step."""
+    setting, layers, steps = Setting(*setting), len(w), tf.shape(x_rows)[0]
     losses = tf.TensorArray(x.dtype, steps)
-    grad_norms, delta_norms = tf.TensorArray(tf.float64, steps), tf.TensorArray(tf.float64, steps)
+    grad_norms, delta_norms, update_norms, weight_norms = (
+        tf.TensorArray(tf.float64, steps) for _ in range(4)
+    )
     for step in tf.range(steps):
         with tf.GradientTape() as tape:
             tape.watch(w)
-            z = [*_pre_activations(w, tf.gather(x, x_rows[step]), _ACTIVATIONS[activation])]
-            loss_of_each = _LOSSES[loss](scale * z[-1], tf.gather(y, y_rows[step]))  # (members,)
-        grads = tape.gradient(loss_of_each, [*w, *z] if record_layers else [*w])
-        norms = tf.stack([_norm(grad) for grad in grads], -1)  # (members, layers [+ layers])
+            z = [*_pre_activations(setting, w, tf.gather(x, x_rows[step]))]
+            scaled = tf.cast(setting.output_scale, x.dtype) * z[-1]
+            loss_of_each = _LOSSES[setting.loss](scaled, tf.gather(y, y_rows[step]))  # (members,)
+        grads = tape.gradient(loss_of_each, [*w, *z] if setting.record_layers else [*w])
+        norms = _norms(grads)  # (members, layers [+ layers])
         losses = losses.write(step, loss_of_each)
-        grad_norms = grad_norms.write(step, tf.norm(norms[:, : len(w)], axis=-1))
-        delta_norms = delta_norms.write(step, norms[:, len(w) :])
-        w = tuple(weight - lr * grad for weight, grad in zip(w, grads, strict=False))
-    *_, outputs = _pre_activations(w, x_test, _ACTIVATIONS[activation])
-    return w, losses.stack(), grad_norms.stack(), delta_norms.stack(), outputs
+        grad_norms = grad_norms.write(step, tf.norm(norms[:, :layers], axis=-1))
+        delta_norms = delta_norms.write(step, norms[:, layers:])
+        changes, kept = move(
+            setting.plan, numbers, rates[step], tf.cast(before + step + 1, x.dtype), w,
+            grads[:layers], kept, _FUNCTIONS,
+        )  # fmt: skip
+        if setting.record_updates:
+            update_norms = update_norms.write(step, tf.norm(_norms(changes), axis=-1))
+            weight_norms = weight_norms.write(step, tf.norm(_norms(w), axis=-1))
+        w = tuple(weight + change for weight, change in zip(w, changes, strict=True))
+    norms = losses, grad_norms, delta_norms, update_norms, weight_norms
+    recorded = setting.record_updates
+    return (
+        w,
+        kept,
+        *(n.stack() for n in norms[:3]),
+        *(n.stack() if recorded else tf.zeros((steps, 0), tf.float64) for n in norms[3:]),
+    )
 
 
-def _pre_activations(w, x, act) -> Iterator[tf.Tensor]:
-    """Every layer's input to its activation, shape (members, batch, fan_out); the last: logits."""
-    z = x @ w[0]
-    yield z
-    for weight in w[1:]:
-        z = act(z) @ weight
+def _pre_activations(setting: Setting, w: Sequence[tf.Tensor], x: tf.Tensor) -> Iterator[tf.Tensor]:
+    """Every matrix product's result, shape (members, batch, fan_out); the last: logits."""
+    act = _ACTIVATIONS[setting.activation]
+    for layer, weight in enumerate(w):
+        z = x @ weight
         yield z
+        if layer + 1 == len(w):
+            return
+        if setting.normalization:
+            axis = _NORMALIZED_AXIS[setting.normalization]
+            mean, variance = tf.nn.moments(z, axis, keepdims=True)
+            z = (z - mean) * tf.math.rsqrt(variance + tf.cast(EPSILON, z.dtype))
+        branch = act(z)
+        skips = adds_input(setting, w, layer)
+        x = x + tf.cast(setting.skip, z.dtype) * branch if skips else branch
+
+
+@tf.function
+def _outputs(w, x, setting):
+    *_, outputs = _pre_activations(Setting(*setting), w, x)
+    return outputs
 
 
 def _cross_entropy(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
@@ -127,6 +141,9 @@ def _half_square(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 _LOSSES = {"cross_entropy": _cross_entropy, "mse": _half_square}
 
 
-def _norm(stack: tf.Tensor) -> tf.Tensor:
-    """Norm of each member's matrix, summed in float64: float32 squares overflow beyond 1e19."""
-    return tf.norm(tf.cast(stack, tf.float64), axis=(1, 2))
+def _norms(stacks: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Norm of every member's every matrix, (members, matrices)."""
+    return tf.stack([_norm(stack)[:, 0, 0] for stack in stacks], -1)
+
+
+train = trainer(_train, __name__)

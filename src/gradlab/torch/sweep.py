@@ -6,103 +6,100 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-from gradlab.sweep import SweepResult, check, judge
+from gradlab.mlp import EPSILON
+from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
+from gradlab.updates import Functions, memory, move
 
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "linear": lambda z: z}
+_NORMALIZED_AXIS = {"batch": 1, "layer": 2}
 
 
-def train(
-    weights: Sequence[np.ndarray],
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    lr: float | np.ndarray,
-    steps: int = 200,
-    batch_size: int = 64,
-    seed: int = 0,
-    activation: str = "relu",
-    loss: str = "cross_entropy",
-    output_scale: float = 1.0,
-    x_test: np.ndarray | None = None,
-    y_test: np.ndarray | None = None,
-    record_layers: bool = False,
-) -> SweepResult:
-    """Train a stack of multilayer perceptrons without biases by minibatch gradient descent.
+def _norm(stack: torch.Tensor, axes: tuple[int, ...] = (1, 2)) -> torch.Tensor:
+    """Norm of each member's matrix, summed in float64: float32 squares overflow beyond 1e19."""
+    return torch.linalg.vector_norm(stack, dim=axes, keepdim=True, dtype=torch.float64)
 
-    A member's arithmetic never meets another's: one that overflows leaves the rest as they were.
-    The arrays passed in are not changed.
 
-    Args:
-        weights: one array (members, fan_in, fan_out) per layer, all float32 or all float64, which
-            is then the precision of the training.
-        x: inputs, shape (n, features) for all members or (members, n, features).
-        y: integer classes, shape (n,) or (members, n); for "mse" targets, shape (n, outputs) or
-            (members, n, outputs).
-        lr: learning rate, one for all or one per member.
-        steps: number of updates.
-        batch_size: examples per minibatch, drawn with replacement.
-        seed: of the minibatches; the same seed gives both frameworks the same ones.
-        activation: "relu", "tanh" or "linear", after every layer but the last.
-        loss: "cross_entropy" of softmax outputs, or "mse", half the squared distance to the
-            target; both averaged over the minibatch.
-        output_scale: a constant that multiplies the outputs before the loss; it is not trained.
-        x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
-        record_layers: whether to keep the gradient norm of each layer's pre-activation.
+_FUNCTIONS = Functions(
+    sign=torch.sign,
+    sqrt=torch.sqrt,
+    between=torch.clamp,
+    at_least=torch.clamp_min,
+    norm=_norm,
+    cast=lambda a, like: a.to(like.dtype),
+)
 
-    Returns:
-        A `SweepResult`.
 
-    Raises:
-        ValueError: an argument whose shape or value does not fit.
-
-    Example:
-        >>> w = [np.ones((2, 3, 3), "float32"), np.ones((2, 3, 2), "float32")]
-        >>> x, y = np.eye(3), np.array([0, 1, 0])
-        >>> train(w, x, y, lr=[0.1, 1e30], steps=5).failed.tolist()
-        [False, True]
-    """
-    problem = check(
-        weights, x, y, lr=lr, steps=steps, batch_size=batch_size, seed=seed,
-        activation=activation, loss=loss, x_test=x_test, y_test=y_test,
-    )  # fmt: skip
-    act = _ACTIVATIONS[activation]
+def _train(problem: Problem) -> Measured:
     w = [torch.tensor(array, requires_grad=True) for array in problem.weights]
-    x, y, lr = (torch.from_numpy(array) for array in (problem.x, problem.y, problem.lr))
+    layers, setting = len(w), problem.setting
+    x, y = torch.from_numpy(problem.flat_x()), torch.from_numpy(problem.flat_y())
     x_rows, y_rows = torch.from_numpy(problem.x_rows), torch.from_numpy(problem.y_rows)
+    numbers = {name: torch.from_numpy(array) for name, array in problem.numbers.items()}
+    kept = memory(setting.plan, w, torch.zeros_like)
 
-    losses, grad_norms, delta_norms = [], [], []
-    for x_row, y_row in zip(x_rows, y_rows, strict=True):  # (members, batch)
-        z = list(_pre_activations(w, x[x_row], act))
-        loss_of_each = _LOSSES[loss](output_scale * z[-1], y[y_row])  # (members,)
-        grads = torch.autograd.grad(loss_of_each.sum(), [*w, *z] if record_layers else w)
-        norms = torch.stack([_norm(grad) for grad in grads], -1)  # (members, layers [+ layers])
+    losses, grad_norms, delta_norms, update_norms, weight_norms = [], [], [], [], []
+    steps = zip(x_rows, y_rows, torch.from_numpy(problem.rates), strict=True)
+    bar = tqdm(steps, total=len(x_rows), unit="step", disable=not problem.progress)
+    for number, (x_row, y_row, rate) in enumerate(bar, 1):  # rows are (members, batch)
+        z = list(_pre_activations(setting, w, x[x_row]))
+        scaled = setting.output_scale * z[-1]
+        loss_of_each = _LOSSES[setting.loss](scaled, y[y_row])  # (members,)
+        grads = torch.autograd.grad(loss_of_each.sum(), [*w, *z] if setting.record_layers else w)
+        norms = _norms(grads)  # (members, layers [+ layers])
         losses.append(loss_of_each.detach())
-        grad_norms.append(norms[:, : len(w)].square().sum(-1).sqrt())
-        delta_norms.append(norms[:, len(w) :])
+        grad_norms.append(torch.linalg.vector_norm(norms[:, :layers], dim=1))
+        delta_norms.append(norms[:, layers:])
         with torch.no_grad():
-            for weight, grad in zip(w, grads[: len(w)], strict=True):
-                weight -= lr * grad
-    with torch.no_grad():
-        for z in _pre_activations(w, torch.from_numpy(problem.x_test), act):
-            outputs = z  # the last one stays
-    return judge(
-        problem,
-        torch.stack(losses).numpy(),
-        torch.stack(grad_norms).numpy(),
-        torch.stack(delta_norms).numpy() if record_layers else None,
-        [weight.detach().numpy() for weight in w],
-        outputs.numpy(),
+            changes, kept = move(
+                setting.plan, numbers, rate, float(number), w, grads[:layers], kept, _FUNCTIONS
+            )
+            if setting.record_updates:
+                update_norms.append(torch.linalg.vector_norm(_norms(changes), dim=1))
+                weight_norms.append(torch.linalg.vector_norm(_norms(w), dim=1))
+            for weight, change in zip(w, changes, strict=True):
+                weight += change
+
+    def stacked(norms: list[torch.Tensor], recorded: bool) -> np.ndarray | None:
+        return torch.stack(norms).numpy() if recorded else None
+
+    outputs = _outputs(setting, w, problem.x_test)
+    alike = problem.x_test is problem.x
+    return Measured(
+        loss=torch.stack(losses).numpy(),
+        grad_norm=torch.stack(grad_norms).numpy(),
+        delta_norm=stacked(delta_norms, setting.record_layers),
+        update_norm=stacked(update_norms, setting.record_updates),
+        weight_norm=stacked(weight_norms, setting.record_updates),
+        weights=[weight.detach().numpy() for weight in w],
+        outputs=outputs,
+        train_outputs=outputs if alike else _outputs(setting, w, problem.x),
     )
 
 
-def _pre_activations(w: Sequence[torch.Tensor], x: torch.Tensor, act) -> Iterator[torch.Tensor]:
-    """Every layer's input to its activation, shape (members, batch, fan_out); the last: logits."""
-    z = x @ w[0]
-    yield z
-    for weight in w[1:]:
-        z = torch.bmm(act(z), weight)
+def _pre_activations(
+    setting: Setting, w: Sequence[torch.Tensor], x: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """Every matrix product's result, shape (members, batch, fan_out); the last: logits."""
+    act = _ACTIVATIONS[setting.activation]
+    for layer, weight in enumerate(w):
+        z = x @ weight
         yield z
+        if layer + 1 == len(w):
+            return
+        if setting.normalization:
+            axis = _NORMALIZED_AXIS[setting.normalization]
+            variance, mean = torch.var_mean(z, axis, correction=0, keepdim=True)
+            z = (z - mean) * torch.rsqrt(variance + EPSILON)
+        branch = act(z)
+        x = x + setting.skip * branch if adds_input(setting, w, layer) else branch
+
+
+@torch.no_grad()
+def _outputs(setting: Setting, w: Sequence[torch.Tensor], x: np.ndarray) -> np.ndarray:
+    *_, outputs = _pre_activations(setting, w, torch.from_numpy(x))
+    return outputs.numpy()
 
 
 def _cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -117,6 +114,9 @@ def _half_square(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 _LOSSES = {"cross_entropy": _cross_entropy, "mse": _half_square}
 
 
-def _norm(stack: torch.Tensor) -> torch.Tensor:
-    """Norm of each member's matrix, summed in float64: float32 squares overflow beyond 1e19."""
-    return torch.linalg.vector_norm(stack, dim=(1, 2), dtype=torch.float64)
+def _norms(stacks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Norm of every member's every matrix, (members, matrices)."""
+    return torch.stack([_norm(stack)[:, 0, 0] for stack in stacks], -1)
+
+
+train = trainer(_train, __name__)
