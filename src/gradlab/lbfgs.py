@@ -42,7 +42,7 @@ class LBFGSResult:
 
     @property
     def evaluations(self) -> int:
-        """How often loss and gradient were computed: never more than the budget."""
+        """How often loss and gradient were computed, which never exceeds the budget."""
         return len(self.loss)
 
 
