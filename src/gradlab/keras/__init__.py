@@ -3,7 +3,7 @@
 from gradlab.keras._backend import keras  # first: it imports quietly, or says what is missing
 
 # isort: split
-from gradlab.keras import clip, sweep
+from gradlab.keras import clip, lbfgs, sweep
 from gradlab.keras.diagnose import diagnose
 from gradlab.keras.initialize import lsuv_
 from gradlab.keras.models import MLP
@@ -16,6 +16,7 @@ __all__ = [
     "clip",
     "diagnose",
     "keras",
+    "lbfgs",
     "lsuv_",
     "sweep",
 ]

@@ -7,10 +7,19 @@ except ImportError as error:
         "gradlab.torch needs PyTorch, which is not installed: pip install torch"
     ) from error
 
-from gradlab.torch import clip, sweep
+from gradlab.torch import clip, lbfgs, sweep
 from gradlab.torch.diagnose import diagnose
 from gradlab.torch.initialize import lsuv_
 from gradlab.torch.models import MLP
 from gradlab.torch.probe import GradientProbe, NonFiniteGradientError
 
-__all__ = ["MLP", "GradientProbe", "NonFiniteGradientError", "clip", "diagnose", "lsuv_", "sweep"]
+__all__ = [
+    "MLP",
+    "GradientProbe",
+    "NonFiniteGradientError",
+    "clip",
+    "diagnose",
+    "lbfgs",
+    "lsuv_",
+    "sweep",
+]
