@@ -65,7 +65,7 @@ REMEDIES = {
         "Lower the gain of the initial weights to the critical one (He for ReLU: variance "
         "2/fan-in), or normalise each layer, or scale the residual branches. A smaller learning "
         "rate or another optimiser leaves the growth as it is.",
-        "What explodes?",
+        "Where should training start?",
     ),
     "time": Remedy(
         "The same weights act at every time step: initialise them orthogonally or with a smaller "
@@ -76,7 +76,7 @@ REMEDIES = {
     "one layer": Remedy(
         "One layer alone multiplies the signal. Look at its weights: their scale is not that of "
         "the others.",
-        "What explodes?",
+        "Where should training start?",
     ),
     "overflow": Remedy(
         "The numbers are too large for the format, not wrong: keep this operation in float32 or "
@@ -88,7 +88,7 @@ REMEDIES = {
         "Every gradient is a number, only their norm is not, so clipping by norm sets them to 0 or "
         "NaN without a word. Clip with the probe's clip_, which scales before it squares, and ask "
         "why they are that large.",
-        "What does a huge gradient do?",
+        "Clipping in practice: which clip, where, and how low?",
     ),
     "underflow": Remedy(
         "Gradients are too small for the format. Scale the loss up before the backward pass and "
@@ -103,18 +103,18 @@ REMEDIES = {
     "step size": Remedy(
         "Divide the learning rate by ten, then look for the highest that still learns. A warm-up, "
         "or clipping the norm, also bounds the step. Half the initial gain would not help.",
-        "Why does it explode?",
+        "How long may a step be?",
     ),
     "summed loss": Remedy(
         "The loss adds up over the batch, so the step grows with the batch. Average it, or divide "
         "the learning rate by the batch size.",
-        "Why does it explode?",
+        "Does a larger batch help?",
     ),
     "vanishing": Remedy(
         "Use the critical gain for the activation, a non-saturating activation, residual "
         "connections or normalisation. Clipping and a larger learning rate do not reach the first "
         "layers.",
-        "What explodes?",
+        "Where should training start?",
     ),
     "detached": Remedy(
         "Look for detach(), stop_gradient, no_grad, .item() or NumPy between the parameters and "
@@ -124,6 +124,6 @@ REMEDIES = {
     "dead": Remedy(
         "No gradient passes here at all: look for activations that are all off (dead ReLU), "
         "weights that are all 0, a saturated loss on probabilities (use logits), or a detach().",
-        "What explodes?",
+        "Which starts cannot work?",
     ),
 }
