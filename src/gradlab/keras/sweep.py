@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from gradlab.keras.models import ACTIVATIONS
 from gradlab.mlp import EPSILON
 from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
 from gradlab.updates import Functions, memory, move
 
-_ACTIVATIONS = {"relu": tf.nn.relu, "tanh": tf.tanh, "linear": tf.identity}
 _NORMALIZED_AXIS = {"batch": 1, "layer": 2}
 
 
@@ -41,21 +42,24 @@ def _train(problem: Problem) -> Measured:
     kept = memory(setting.plan, w, tf.zeros_like)
     x, y = tf.constant(problem.flat_x()), tf.constant(problem.flat_y())
     numbers = {name: tf.constant(array) for name, array in problem.numbers.items()}
+    shapes = tuple(array.shape for array in problem.weights)
+    run, outputs_of = (_graph(function, setting, shapes) for function in (_steps, _outputs))
     size = -(-steps // _PIECES) if problem.progress else steps
     measured = []
     with tqdm(total=steps, unit="step", disable=not problem.progress) as bar:
         for start in range(0, steps, size):
             here = slice(start, start + size)
-            by_step = (problem.x_rows[here], problem.y_rows[here], problem.rates[here])
-            w, kept, *norms = _steps(
-                w, kept, x, y, *map(tf.constant, by_step), tf.constant(start), numbers, setting
+            of_step = problem.x_rows, problem.y_rows, problem.rates, problem.draws
+            by_step = [array[here] for array in of_step]
+            w, kept, *norms = run(
+                w, kept, x, y, *map(tf.constant, by_step), tf.constant(start), numbers
             )
             measured.append([norm.numpy() for norm in norms])
             bar.update(len(by_step[0]))
     loss, grad_norm, delta_norm, update_norm, weight_norm = (
         np.concatenate(pieces) for pieces in zip(*measured, strict=True)
     )
-    outputs = _outputs(w, tf.constant(problem.x_test), setting).numpy()
+    outputs = outputs_of(w, tf.constant(problem.x_test), numbers).numpy()
     alike = problem.x_test is problem.x
     return Measured(
         loss=loss,
@@ -65,14 +69,22 @@ def _train(problem: Problem) -> Measured:
         weight_norm=weight_norm if setting.record_updates else None,
         weights=[weight.numpy() for weight in w],
         outputs=outputs,
-        train_outputs=outputs if alike else _outputs(w, tf.constant(problem.x), setting).numpy(),
+        train_outputs=outputs if alike else outputs_of(w, tf.constant(problem.x), numbers).numpy(),
     )
 
 
-@tf.function(reduce_retracing=True)
-def _steps(w, kept, x, y, x_rows, y_rows, rates, before, numbers, setting):
+@lru_cache(maxsize=16)
+def _graph(function: Callable, setting: Setting, shapes: tuple) -> Callable:
+    """A function of this module as a graph, for one setting and one stack of networks.
+
+    One graph for all would be traced for each of them: TensorFlow warns of it, and keeps them all.
+    """
+    return tf.function(partial(function, setting), reduce_retracing=True)
+
+
+def _steps(setting, w, kept, x, y, x_rows, y_rows, rates, draws, before, numbers):
     """Many steps as one graph, so that Python is left once and not once a step."""
-    setting, layers, steps = Setting(*setting), len(w), tf.shape(x_rows)[0]
+    layers, steps = len(w), tf.shape(x_rows)[0]
     losses = tf.TensorArray(x.dtype, steps)
     grad_norms, delta_norms, update_norms, weight_norms = (
         tf.TensorArray(tf.float64, steps) for _ in range(4)
@@ -80,7 +92,7 @@ def _steps(w, kept, x, y, x_rows, y_rows, rates, before, numbers, setting):
     for step in tf.range(steps):
         with tf.GradientTape() as tape:
             tape.watch(w)
-            z = [*_pre_activations(setting, w, tf.gather(x, x_rows[step]))]
+            z = [*_pre_activations(setting, w, tf.gather(x, x_rows[step]), numbers, draws[step])]
             scaled = tf.cast(setting.output_scale, x.dtype) * z[-1]
             loss_of_each = _LOSSES[setting.loss](scaled, tf.gather(y, y_rows[step]))  # (members,)
         grads = tape.gradient(loss_of_each, [*w, *z] if setting.record_layers else [*w])
@@ -106,9 +118,20 @@ def _steps(w, kept, x, y, x_rows, y_rows, rates, before, numbers, setting):
     )
 
 
-def _pre_activations(setting: Setting, w: Sequence[tf.Tensor], x: tf.Tensor) -> Iterator[tf.Tensor]:
-    """Every matrix product's result, shape (members, batch, fan_out); the last: logits."""
-    act = _ACTIVATIONS[setting.activation]
+def _pre_activations(
+    setting: Setting,
+    w: Sequence[tf.Tensor],
+    x: tf.Tensor,
+    numbers: dict[str, tf.Tensor],
+    draws: tf.Tensor | None = None,
+) -> Iterator[tf.Tensor]:
+    """Every matrix product's result, shape (members, batch, fan_out); the last: logits.
+
+    Units are dropped where there are draws, (batch, hidden units).
+    """
+    act, used = ACTIVATIONS[setting.activation], 0
+    if setting.activation == "leaky_relu":
+        act = partial(_leaky_relu, slope=numbers["slope"])
     for layer, weight in enumerate(w):
         z = x @ weight
         yield z
@@ -119,13 +142,21 @@ def _pre_activations(setting: Setting, w: Sequence[tf.Tensor], x: tf.Tensor) -> 
             mean, variance = tf.nn.moments(z, axis, keepdims=True)
             z = (z - mean) * tf.math.rsqrt(variance + tf.cast(EPSILON, z.dtype))
         branch = act(z)
+        if setting.dropout and draws is not None:
+            used, first = used + z.shape[-1], used
+            kept = tf.cast(draws[:, first:used], z.dtype) >= numbers["dropout"]
+            branch = branch * tf.cast(kept, z.dtype) / (1 - numbers["dropout"])
         skips = adds_input(setting, w, layer)
         x = x + tf.cast(setting.skip, z.dtype) * branch if skips else branch
 
 
-@tf.function
-def _outputs(w, x, setting):
-    *_, outputs = _pre_activations(Setting(*setting), w, x)
+def _leaky_relu(z: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
+    """The slope of `tf.nn.leaky_relu` is one number, and here every member's own."""
+    return tf.where(z > 0, z, slope * z)
+
+
+def _outputs(setting, w, x, numbers):
+    *_, outputs = _pre_activations(setting, w, x, numbers)
     return outputs
 
 
