@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
-from gradlab.sweep import MembersFailed, Update, distribute, minibatches
+from gradlab import theory
+from gradlab.sweep import MembersFailed, Update, distribute, dropout_draws, minibatches
 
 SIDES = {"torch": "gradlab.torch.sweep", "keras": "gradlab.keras.sweep"}
 DERIVATIVE = {
@@ -204,7 +206,7 @@ def test_both_frameworks_agree_early():
         ({"lr": [0.1, 0.1, 0.1]}, r"lr has shape \(3,\), expected a number or \(2,\)"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"activation": "selu"}, "'selu' is none of"),
+        ({"activation": "sine"}, "'sine' is none of"),
         ({"loss": "hinge"}, "'hinge' is none of"),
         ({"x_test": np.ones((5, 6))}, "belong together"),
     ],
@@ -247,13 +249,19 @@ def torch_optimizer(torch, w, lr, how):
     return torch.optim.SGD(w, lr, momentum, nesterov=rule == "nesterov")
 
 
-def by_torch(weights, x, y, lr, batches, how, factors, normalization=None, skip=None):
-    """One network in float64 with PyTorch's own optimisers and clipping."""
+def by_torch(
+    weights, x, y, lr, batches, how, factors, normalization=None, skip=None, act=None, mask=None
+):
+    """One network in float64 with PyTorch's own layers, optimisers and clipping.
+
+    `mask` gives, for a step and a hidden layer, what dropout multiplies the outputs by.
+    """
     torch = pytest.importorskip("torch")
     F = torch.nn.functional
+    act = act or torch.relu
     w = [torch.tensor(array, requires_grad=True) for array in weights]
     optimizer, norms = torch_optimizer(torch, w, lr, how), []
-    for batch, factor in zip(batches, factors, strict=True):
+    for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
         h = torch.tensor(x[batch])
         for number, weight in enumerate(w):
             z = h @ weight
@@ -263,8 +271,9 @@ def by_torch(weights, x, y, lr, batches, how, factors, normalization=None, skip=
                 z = F.batch_norm(z, None, None, training=True, eps=1e-5)
             elif normalization == "layer":
                 z = F.layer_norm(z, z.shape[-1:], eps=1e-5)
+            branch = act(z) * (torch.tensor(mask(step, number)) if mask else 1)
             same = skip is not None and weight.shape[0] == weight.shape[1]
-            h = h + skip * torch.relu(z) if same else torch.relu(z)
+            h = h + skip * branch if same else branch
         optimizer.zero_grad()
         F.cross_entropy(z, torch.tensor(y[batch])).backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in w]).item())
@@ -323,6 +332,62 @@ def test_normalization_and_skip_equal_pytorch_s(train, normalization, skip):
         np.testing.assert_allclose(result.grad_norm[:, m], alone[0], rtol=1e-9)
         for got, expected in zip(result.weights, alone[1], strict=True):
             np.testing.assert_allclose(got[m], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", theory.activation_names())
+def test_activations_equal_pytorch_s(train, activation):
+    F = pytest.importorskip("torch").nn.functional
+    weights, (x, y) = stack([6, 7, 7, 4], 2, dtype="float64"), task()
+    rows, slopes = minibatches(50, 2, 6, 8, seed=2), np.array([0.03, 0.4])
+    result = train(weights, x, y, lr=0.1, rows=rows, activation=activation, slope=slopes)
+    for m in range(2):
+        act = getattr(F, activation, lambda z: z)  # "linear" is a layer there
+        if activation == "leaky_relu":
+            act = partial(F.leaky_relu, negative_slope=slopes[m])
+        if activation == "linear":
+            act = lambda z: z  # noqa: E731
+        own = [w[m] for w in weights]
+        alone = by_torch(own, x, y, 0.1, rows[:, m], {}, np.ones(6), act=act)
+        # TensorFlow's kernel of SELU holds its constants in float32.
+        tolerance = 1e-6 if activation == "selu" else 1e-9
+        np.testing.assert_allclose(result.grad_norm[:, m], alone[0], rtol=tolerance)
+        for got, expected in zip(result.weights, alone[1], strict=True):
+            np.testing.assert_allclose(got[m], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("skip", [None, 0.5])
+def test_dropout_drops_what_the_draws_say(train, skip):
+    weights, (x, y) = stack([6, 7, 5, 5, 4], 3, dtype="float64"), task()
+    rows, rates = minibatches(50, 3, 6, 8, seed=2), np.array([0.0, 0.2, 0.6])
+    result = train(weights, x, y, lr=0.1, rows=rows, seed=5, dropout=rates, skip=skip)
+    draws, ends = dropout_draws(6, 8, 7 + 5 + 5, seed=5), np.cumsum([0, 7, 5, 5])
+    for m, rate in enumerate(rates):
+
+        def mask(step, layer, rate=rate):
+            return (draws[step, :, ends[layer] : ends[layer + 1]] >= rate) / (1 - rate)
+
+        own = [w[m] for w in weights]
+        alone = by_torch(own, x, y, 0.1, rows[:, m], {}, np.ones(6), skip=skip, mask=mask)
+        np.testing.assert_allclose(result.grad_norm[:, m], alone[0], rtol=1e-9)
+        for got, expected in zip(result.weights, alone[1], strict=True):
+            np.testing.assert_allclose(got[m], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_keeps_the_share_it_says_and_the_mean():
+    draws = dropout_draws(3, 40, 500, seed=1)
+    for rate in (0.1, 0.5, 0.9):
+        kept = draws >= rate
+        assert kept.mean() == pytest.approx(1 - rate, abs=0.01)
+    assert len(np.unique(draws)) > 0.9 * draws.size
+    assert not np.array_equal(draws, dropout_draws(3, 40, 500, seed=2))
+
+
+def test_nothing_is_dropped_when_a_member_is_judged(train):
+    x, y = task()
+    weights = stack([6, 8, 8, 4], 2)
+    one, two = (train(weights, x, y, lr=0.0, steps=1, dropout=p) for p in (0.0, 0.8))
+    np.testing.assert_array_equal(one.accuracy, two.accuracy)
+    assert (one.loss != two.loss).all()
 
 
 def test_every_number_may_differ_between_members(train):
@@ -401,6 +466,9 @@ def test_an_update_that_makes_no_sense_says_so(wrong, message):
         ({"rows": np.zeros((4, 3, 2), int)}, r"expected \(steps, 2, batch\)"),
         ({"rows": np.full((4, 2, 2), 50)}, "integers from 0 to 49"),
         ({"normalization": "group"}, "normalization 'group'"),
+        ({"slope": [0.1, 0.2, 0.3]}, r"slope has shape \(3,\)"),
+        ({"dropout": 1.0}, "at least 0 and below 1, got 1.0"),
+        ({"dropout": [0.1, -0.1]}, "at least 0 and below 1"),
     ],
 )
 def test_settings_that_do_not_fit_say_so(train, wrong, message):
@@ -415,6 +483,8 @@ def test_settings_that_do_not_fit_say_so(train, wrong, message):
 EVERYTHING = {
     "lr": np.linspace(0.05, 0.2, 5), "steps": 6, "batch_size": 8, "record_layers": True,
     "update": Update("momentum", l2=np.linspace(0, 0.1, 5), schedule=np.ones((6, 5))),
+    "activation": "leaky_relu", "slope": np.linspace(0, 0.4, 5), "seed": 3,
+    "dropout": np.linspace(0, 0.4, 5),
 }  # fmt: skip
 
 

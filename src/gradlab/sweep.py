@@ -19,11 +19,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from gradlab.updates import NUMBERS, Number, Plan, Update
+from gradlab import theory
+from gradlab.updates import NUMBERS, Number, Plan, Update, per_member
 
-__all__ = ["MembersFailed", "SweepResult", "Update", "distribute", "minibatches"]
+__all__ = ["MembersFailed", "SweepResult", "Update", "distribute", "dropout_draws", "minibatches"]
 
-ACTIVATIONS = ("relu", "tanh", "linear")
+ACTIVATIONS = tuple(theory.activation_names())
 LOSSES = ("cross_entropy", "mse")
 NORMALIZATIONS = (None, "batch", "layer")
 
@@ -71,6 +72,7 @@ class Setting(NamedTuple):
     output_scale: float
     normalization: str | None
     skip: float | None
+    dropout: bool
     plan: Plan
     record_layers: bool
     record_updates: bool
@@ -88,7 +90,8 @@ class Problem:
     )  # (steps, members, batch) int64: each minibatch's rows of x, stacks flattened
     y_rows: np.ndarray  # the same rows of y, which may be stacked when x is shared
     rates: np.ndarray  # (steps, members, 1, 1)
-    numbers: dict[str, np.ndarray]  # of the update, (members, 1, 1) each
+    numbers: dict[str, np.ndarray]  # of the update, "slope" and "dropout", (members, 1, 1) each
+    draws: np.ndarray  # (steps, batch, hidden units) numbers in [0, 1); no units without dropout
     x_test: np.ndarray  # (n_test, features) or (members, n_test, features)
     y_test: np.ndarray
     setting: Setting
@@ -137,6 +140,22 @@ def minibatches(n: int, members: int, steps: int, batch_size: int, seed: int) ->
     return np.random.default_rng(seed).integers(n, size=(steps, members, batch_size))
 
 
+def dropout_draws(steps: int, batch: int, units: int, seed: int) -> np.ndarray:
+    """A number for every hidden unit of every example of every step: kept where ≥ the rate.
+
+    All members of a sweep share them, so that a share of the members sees what all would see, and a
+    unit that a low rate drops is dropped at every higher one.
+
+    Args:
+        steps, batch, units: the shape wanted; units of all hidden layers, the first layer's first.
+        seed: the one that `minibatches` gets; the two are independent.
+
+    Returns:
+        float32 array, shape (steps, batch, units), uniform in [0, 1).
+    """
+    return np.random.default_rng([seed, 1]).random((steps, batch, units), dtype=np.float32)
+
+
 def adds_input(setting: Setting, weights: Sequence, layer: int) -> bool:
     """Whether layer number `layer` adds its input to its output."""
     _, fan_in, fan_out = weights[layer].shape
@@ -167,6 +186,8 @@ def trainer(engine: Callable[[Problem], Measured], module: str) -> Train:
         output_scale: float = 1.0,
         normalization: str | None = None,
         skip: float | None = None,
+        slope: Number = 0.01,
+        dropout: Number = 0.0,
         x_test: np.ndarray | None = None,
         y_test: np.ndarray | None = None,
         record_layers: bool = False,
@@ -190,8 +211,8 @@ def trainer(engine: Callable[[Problem], Measured], module: str) -> Train:
             batch_size: examples per minibatch, drawn with replacement.
             seed: of the minibatches; the same seed gives both frameworks the same ones.
             rows: the minibatches themselves, shape (steps, members, batch), as `minibatches` gives
-                them; `steps`, `batch_size` and `seed` then have no say.
-            activation: "relu", "tanh" or "linear", after every layer but the last.
+                them; `steps` and `batch_size` then have no say, and `seed` only in the dropout.
+            activation: a name that `theory.activation` knows, after every layer but the last.
             loss: "cross_entropy" of softmax outputs, or "mse", half the squared distance to the
                 target; both averaged over the minibatch.
             output_scale: a constant that multiplies the outputs before the loss; not trained.
@@ -200,6 +221,11 @@ def trainer(engine: Callable[[Problem], Measured], module: str) -> Train:
                 examples at hand, in the evaluation too.
             skip: None, or s for x + s·layer(x) in every layer but the last whose input and output
                 have the same width.
+            slope: of "leaky_relu" for negative inputs, one for all or one per member.
+            dropout: the share of every hidden layer's outputs that a training step sets to zero,
+                0 ≤ dropout < 1, one for all or one per member.  What is kept is divided by
+                1 - dropout ("inverted dropout", as in both frameworks).  The masks come from
+                `dropout_draws`; the evaluation drops nothing.
             x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
             record_layers: whether to keep the gradient norm of each layer's output.
             record_updates: whether to keep the norms of updates and weights.
@@ -220,8 +246,9 @@ def trainer(engine: Callable[[Problem], Measured], module: str) -> Train:
         problem = _check(
             weights, x, y, lr=lr, update=update, steps=steps, batch_size=batch_size, seed=seed,
             rows=rows, activation=activation, loss=loss, output_scale=output_scale,
-            normalization=normalization, skip=skip, x_test=x_test, y_test=y_test,
-            record_layers=record_layers, record_updates=record_updates, progress=progress,
+            normalization=normalization, skip=skip, slope=slope, dropout=dropout, x_test=x_test,
+            y_test=y_test, record_layers=record_layers, record_updates=record_updates,
+            progress=progress,
         )  # fmt: skip
         return _judge(problem, engine(problem))
 
@@ -231,7 +258,7 @@ def trainer(engine: Callable[[Problem], Measured], module: str) -> Train:
 
 def _check(
     weights, x, y, *, lr, update, steps, batch_size, seed, rows, activation, loss, output_scale,
-    normalization, skip, x_test, y_test, record_layers, record_updates, progress,
+    normalization, skip, slope, dropout, x_test, y_test, record_layers, record_updates, progress,
 ) -> Problem:  # fmt: skip
     """The arguments of `train` as a problem; a ValueError if one does not fit."""
     for name, value, allowed in (
@@ -265,6 +292,12 @@ def _check(
         rows = _check_rows(rows, members, n)
     stacked_rows = rows + n * np.arange(members)[:, None]
     rates = update.rates(lr, len(rows), members, dtype)
+    own = {"slope": per_member("slope", slope, members, dtype)}
+    own["dropout"] = per_member("dropout", dropout, members, dtype)
+    if not ((own["dropout"] >= 0) & (own["dropout"] < 1)).all():
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+    drops = bool(own["dropout"].any())
+    units = sum(w.shape[2] for w in weights[:-1]) if drops else 0
     return Problem(
         weights=weights,
         x=x,
@@ -272,7 +305,8 @@ def _check(
         x_rows=stacked_rows if x.ndim == 3 else rows,
         y_rows=stacked_rows if y.ndim == (2 if loss == "cross_entropy" else 3) else rows,
         rates=np.broadcast_to(rates, (len(rows), members, 1, 1)).copy(),
-        numbers=update.numbers(members, dtype),
+        numbers=update.numbers(members, dtype) | own,
+        draws=dropout_draws(len(rows), rows.shape[2], units, seed),
         x_test=x_test,
         y_test=y_test,
         setting=Setting(
@@ -281,6 +315,7 @@ def _check(
             output_scale,
             normalization,
             skip,
+            drops,
             update.plan(),
             record_layers,
             record_updates,
@@ -415,6 +450,8 @@ def distribute(
     batch_size: int = 64,
     seed: int = 0,
     rows: np.ndarray | None = None,
+    slope: Number = 0.01,
+    dropout: Number = 0.0,
     share: int = 16,
     executor: Executor | None = None,
     progress: bool = True,
@@ -427,7 +464,8 @@ def distribute(
 
     Args:
         train: `gradlab.torch.sweep.train` or `gradlab.keras.sweep.train`.
-        weights, x, y, lr, update, steps, batch_size, seed, rows, settings: as `train` takes them.
+        weights, x, y, lr, update, steps, batch_size, seed, rows, slope, dropout, settings: as
+            `train` takes them.
         share: members per task, ≥ 1.
         executor: anything that implements `concurrent.futures.Executor`: a `ProcessPoolExecutor`
             (with the "spawn" or "forkserver" start method: TensorFlow does not survive a fork), a
@@ -456,6 +494,9 @@ def distribute(
             "lr": _part(lr, part, members),
             "update": _part_of_update(update, part, members),
             "rows": rows[:, part],
+            "seed": seed,  # of the dropout
+            "slope": _part(slope, part, members),
+            "dropout": _part(dropout, part, members),
             **settings,
         }
         targets = 3 if settings.get("loss") == "mse" else 2

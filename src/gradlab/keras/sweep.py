@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
+from gradlab.keras.models import ACTIVATIONS
 from gradlab.mlp import EPSILON
 from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
 from gradlab.updates import Functions, memory, move
 
-_ACTIVATIONS = {"relu": tf.nn.relu, "tanh": tf.tanh, "linear": tf.identity}
 _NORMALIZED_AXIS = {"batch": 1, "layer": 2}
 
 
@@ -46,7 +47,8 @@ def _train(problem: Problem) -> Measured:
     with tqdm(total=steps, unit="step", disable=not problem.progress) as bar:
         for start in range(0, steps, size):
             here = slice(start, start + size)
-            by_step = (problem.x_rows[here], problem.y_rows[here], problem.rates[here])
+            of_step = problem.x_rows, problem.y_rows, problem.rates, problem.draws
+            by_step = [array[here] for array in of_step]
             w, kept, *norms = _steps(
                 w, kept, x, y, *map(tf.constant, by_step), tf.constant(start), numbers, setting
             )
@@ -55,7 +57,7 @@ def _train(problem: Problem) -> Measured:
     loss, grad_norm, delta_norm, update_norm, weight_norm = (
         np.concatenate(pieces) for pieces in zip(*measured, strict=True)
     )
-    outputs = _outputs(w, tf.constant(problem.x_test), setting).numpy()
+    outputs = _outputs(w, tf.constant(problem.x_test), numbers, setting).numpy()
     alike = problem.x_test is problem.x
     return Measured(
         loss=loss,
@@ -65,12 +67,14 @@ def _train(problem: Problem) -> Measured:
         weight_norm=weight_norm if setting.record_updates else None,
         weights=[weight.numpy() for weight in w],
         outputs=outputs,
-        train_outputs=outputs if alike else _outputs(w, tf.constant(problem.x), setting).numpy(),
+        train_outputs=outputs
+        if alike
+        else _outputs(w, tf.constant(problem.x), numbers, setting).numpy(),
     )
 
 
 @tf.function(reduce_retracing=True)
-def _steps(w, kept, x, y, x_rows, y_rows, rates, before, numbers, setting):
+def _steps(w, kept, x, y, x_rows, y_rows, rates, draws, before, numbers, setting):
     """Many steps as one graph, so that Python is left once and not once a step."""
     setting, layers, steps = Setting(*setting), len(w), tf.shape(x_rows)[0]
     losses = tf.TensorArray(x.dtype, steps)
@@ -80,7 +84,7 @@ def _steps(w, kept, x, y, x_rows, y_rows, rates, before, numbers, setting):
     for step in tf.range(steps):
         with tf.GradientTape() as tape:
             tape.watch(w)
-            z = [*_pre_activations(setting, w, tf.gather(x, x_rows[step]))]
+            z = [*_pre_activations(setting, w, tf.gather(x, x_rows[step]), numbers, draws[step])]
             scaled = tf.cast(setting.output_scale, x.dtype) * z[-1]
             loss_of_each = _LOSSES[setting.loss](scaled, tf.gather(y, y_rows[step]))  # (members,)
         grads = tape.gradient(loss_of_each, [*w, *z] if setting.record_layers else [*w])
@@ -106,9 +110,20 @@ def _steps(w, kept, x, y, x_rows, y_rows, rates, before, numbers, setting):
     )
 
 
-def _pre_activations(setting: Setting, w: Sequence[tf.Tensor], x: tf.Tensor) -> Iterator[tf.Tensor]:
-    """Every matrix product's result, shape (members, batch, fan_out); the last: logits."""
-    act = _ACTIVATIONS[setting.activation]
+def _pre_activations(
+    setting: Setting,
+    w: Sequence[tf.Tensor],
+    x: tf.Tensor,
+    numbers: dict[str, tf.Tensor],
+    draws: tf.Tensor | None = None,
+) -> Iterator[tf.Tensor]:
+    """Every matrix product's result, shape (members, batch, fan_out); the last: logits.
+
+    Units are dropped where there are draws, (batch, hidden units).
+    """
+    act, used = ACTIVATIONS[setting.activation], 0
+    if setting.activation == "leaky_relu":
+        act = partial(_leaky_relu, slope=numbers["slope"])
     for layer, weight in enumerate(w):
         z = x @ weight
         yield z
@@ -119,13 +134,22 @@ def _pre_activations(setting: Setting, w: Sequence[tf.Tensor], x: tf.Tensor) -> 
             mean, variance = tf.nn.moments(z, axis, keepdims=True)
             z = (z - mean) * tf.math.rsqrt(variance + tf.cast(EPSILON, z.dtype))
         branch = act(z)
+        if setting.dropout and draws is not None:
+            used, first = used + z.shape[-1], used
+            kept = tf.cast(draws[:, first:used], z.dtype) >= numbers["dropout"]
+            branch = branch * tf.cast(kept, z.dtype) / (1 - numbers["dropout"])
         skips = adds_input(setting, w, layer)
         x = x + tf.cast(setting.skip, z.dtype) * branch if skips else branch
 
 
+def _leaky_relu(z: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
+    """The slope of `tf.nn.leaky_relu` is one number, and here every member's own."""
+    return tf.where(z > 0, z, slope * z)
+
+
 @tf.function
-def _outputs(w, x, setting):
-    *_, outputs = _pre_activations(Setting(*setting), w, x)
+def _outputs(w, x, numbers, setting):
+    *_, outputs = _pre_activations(Setting(*setting), w, x, numbers)
     return outputs
 
 

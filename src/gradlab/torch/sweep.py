@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,9 +11,9 @@ from tqdm.auto import tqdm
 
 from gradlab.mlp import EPSILON
 from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
+from gradlab.torch.models import ACTIVATIONS
 from gradlab.updates import Functions, memory, move
 
-_ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "linear": lambda z: z}
 _NORMALIZED_AXIS = {"batch": 1, "layer": 2}
 
 
@@ -40,10 +41,11 @@ def _train(problem: Problem) -> Measured:
     kept = memory(setting.plan, w, torch.zeros_like)
 
     losses, grad_norms, delta_norms, update_norms, weight_norms = [], [], [], [], []
-    steps = zip(x_rows, y_rows, torch.from_numpy(problem.rates), strict=True)
+    by_step = problem.rates, problem.draws
+    steps = zip(x_rows, y_rows, *map(torch.from_numpy, by_step), strict=True)
     bar = tqdm(steps, total=len(x_rows), unit="step", disable=not problem.progress)
-    for number, (x_row, y_row, rate) in enumerate(bar, 1):  # rows are (members, batch)
-        z = list(_pre_activations(setting, w, x[x_row]))
+    for number, (x_row, y_row, rate, draws) in enumerate(bar, 1):  # rows are (members, batch)
+        z = list(_pre_activations(setting, w, x[x_row], numbers, draws))
         scaled = setting.output_scale * z[-1]
         loss_of_each = _LOSSES[setting.loss](scaled, y[y_row])  # (members,)
         grads = torch.autograd.grad(loss_of_each.sum(), [*w, *z] if setting.record_layers else w)
@@ -64,7 +66,7 @@ def _train(problem: Problem) -> Measured:
     def stacked(norms: list[torch.Tensor], recorded: bool) -> np.ndarray | None:
         return torch.stack(norms).numpy() if recorded else None
 
-    outputs = _outputs(setting, w, problem.x_test)
+    outputs = _outputs(setting, w, problem.x_test, numbers)
     alike = problem.x_test is problem.x
     return Measured(
         loss=torch.stack(losses).numpy(),
@@ -74,15 +76,24 @@ def _train(problem: Problem) -> Measured:
         weight_norm=stacked(weight_norms, setting.record_updates),
         weights=[weight.detach().numpy() for weight in w],
         outputs=outputs,
-        train_outputs=outputs if alike else _outputs(setting, w, problem.x),
+        train_outputs=outputs if alike else _outputs(setting, w, problem.x, numbers),
     )
 
 
 def _pre_activations(
-    setting: Setting, w: Sequence[torch.Tensor], x: torch.Tensor
+    setting: Setting,
+    w: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    numbers: dict[str, torch.Tensor],
+    draws: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Every matrix product's result, shape (members, batch, fan_out); the last: logits."""
-    act = _ACTIVATIONS[setting.activation]
+    """Every matrix product's result, shape (members, batch, fan_out); the last: logits.
+
+    Units are dropped where there are draws, (batch, hidden units).
+    """
+    act, used = ACTIVATIONS[setting.activation], 0
+    if setting.activation == "leaky_relu":
+        act = partial(_leaky_relu, slope=numbers["slope"])
     for layer, weight in enumerate(w):
         z = x @ weight
         yield z
@@ -93,12 +104,23 @@ def _pre_activations(
             variance, mean = torch.var_mean(z, axis, correction=0, keepdim=True)
             z = (z - mean) * torch.rsqrt(variance + EPSILON)
         branch = act(z)
+        if setting.dropout and draws is not None:
+            used, first = used + z.shape[-1], used
+            kept = draws[:, first:used] >= numbers["dropout"]  # (members, batch, fan_out)
+            branch = branch * kept / (1 - numbers["dropout"])
         x = x + setting.skip * branch if adds_input(setting, w, layer) else branch
 
 
+def _leaky_relu(z: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """The slope of `torch.nn.functional.leaky_relu` is one number, and here every member's own."""
+    return torch.where(z > 0, z, slope * z)
+
+
 @torch.no_grad()
-def _outputs(setting: Setting, w: Sequence[torch.Tensor], x: np.ndarray) -> np.ndarray:
-    *_, outputs = _pre_activations(setting, w, torch.from_numpy(x))
+def _outputs(
+    setting: Setting, w: Sequence[torch.Tensor], x: np.ndarray, numbers: dict[str, torch.Tensor]
+) -> np.ndarray:
+    *_, outputs = _pre_activations(setting, w, torch.from_numpy(x), numbers)
     return outputs.numpy()
 
 
