@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import tensorflow as tf
@@ -42,6 +42,8 @@ def _train(problem: Problem) -> Measured:
     kept = memory(setting.plan, w, tf.zeros_like)
     x, y = tf.constant(problem.flat_x()), tf.constant(problem.flat_y())
     numbers = {name: tf.constant(array) for name, array in problem.numbers.items()}
+    shapes = tuple(array.shape for array in problem.weights)
+    run, outputs_of = (_graph(function, setting, shapes) for function in (_steps, _outputs))
     size = -(-steps // _PIECES) if problem.progress else steps
     measured = []
     with tqdm(total=steps, unit="step", disable=not problem.progress) as bar:
@@ -49,15 +51,15 @@ def _train(problem: Problem) -> Measured:
             here = slice(start, start + size)
             of_step = problem.x_rows, problem.y_rows, problem.rates, problem.draws
             by_step = [array[here] for array in of_step]
-            w, kept, *norms = _steps(
-                w, kept, x, y, *map(tf.constant, by_step), tf.constant(start), numbers, setting
+            w, kept, *norms = run(
+                w, kept, x, y, *map(tf.constant, by_step), tf.constant(start), numbers
             )
             measured.append([norm.numpy() for norm in norms])
             bar.update(len(by_step[0]))
     loss, grad_norm, delta_norm, update_norm, weight_norm = (
         np.concatenate(pieces) for pieces in zip(*measured, strict=True)
     )
-    outputs = _outputs(w, tf.constant(problem.x_test), numbers, setting).numpy()
+    outputs = outputs_of(w, tf.constant(problem.x_test), numbers).numpy()
     alike = problem.x_test is problem.x
     return Measured(
         loss=loss,
@@ -69,14 +71,22 @@ def _train(problem: Problem) -> Measured:
         outputs=outputs,
         train_outputs=outputs
         if alike
-        else _outputs(w, tf.constant(problem.x), numbers, setting).numpy(),
+        else outputs_of(w, tf.constant(problem.x), numbers).numpy(),
     )
 
 
-@tf.function(reduce_retracing=True)
-def _steps(w, kept, x, y, x_rows, y_rows, rates, draws, before, numbers, setting):
+@lru_cache(maxsize=16)
+def _graph(function: Callable, setting: Setting, shapes: tuple) -> Callable:
+    """A function of this module as a graph, for one setting and one stack of networks.
+
+    One graph for all would be traced for each of them: TensorFlow warns of it, and keeps them all.
+    """
+    return tf.function(partial(function, setting), reduce_retracing=True)
+
+
+def _steps(setting, w, kept, x, y, x_rows, y_rows, rates, draws, before, numbers):
     """Many steps as one graph, so that Python is left once and not once a step."""
-    setting, layers, steps = Setting(*setting), len(w), tf.shape(x_rows)[0]
+    layers, steps = len(w), tf.shape(x_rows)[0]
     losses = tf.TensorArray(x.dtype, steps)
     grad_norms, delta_norms, update_norms, weight_norms = (
         tf.TensorArray(tf.float64, steps) for _ in range(4)
@@ -147,9 +157,8 @@ def _leaky_relu(z: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
     return tf.where(z > 0, z, slope * z)
 
 
-@tf.function
-def _outputs(w, x, numbers, setting):
-    *_, outputs = _pre_activations(Setting(*setting), w, x, numbers)
+def _outputs(setting, w, x, numbers):
+    *_, outputs = _pre_activations(setting, w, x, numbers)
     return outputs
 
 

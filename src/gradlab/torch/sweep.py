@@ -120,7 +120,8 @@ def _leaky_relu(z: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
 def _outputs(
     setting: Setting, w: Sequence[torch.Tensor], x: np.ndarray, numbers: dict[str, torch.Tensor]
 ) -> np.ndarray:
-    *_, outputs = _pre_activations(setting, w, torch.from_numpy(x), numbers)
+    for outputs in _pre_activations(setting, w, torch.from_numpy(x), numbers):
+        pass  # only the last is wanted, and all of them may be large
     return outputs.numpy()
 
 
