@@ -69,9 +69,7 @@ def _train(problem: Problem) -> Measured:
         weight_norm=weight_norm if setting.record_updates else None,
         weights=[weight.numpy() for weight in w],
         outputs=outputs,
-        train_outputs=outputs
-        if alike
-        else outputs_of(w, tf.constant(problem.x), numbers).numpy(),
+        train_outputs=outputs if alike else outputs_of(w, tf.constant(problem.x), numbers).numpy(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -120,8 +121,8 @@ def _leaky_relu(z: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
 def _outputs(
     setting: Setting, w: Sequence[torch.Tensor], x: np.ndarray, numbers: dict[str, torch.Tensor]
 ) -> np.ndarray:
-    for outputs in _pre_activations(setting, w, torch.from_numpy(x), numbers):
-        pass  # only the last is wanted, and all of them may be large
+    results = _pre_activations(setting, w, torch.from_numpy(x), numbers)
+    [outputs] = deque(results, maxlen=1)  # the last alone, as all together may be large
     return outputs.numpy()
 
 
