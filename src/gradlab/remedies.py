@@ -88,7 +88,7 @@ REMEDIES = {
         "Every gradient is a number, only their norm is not, so clipping by norm sets them to 0 or "
         "NaN without a word. Clip with the probe's clip_, which scales before it squares, and ask "
         "why they are that large.",
-        "Clipping in practice: which clip, where, and how low?",
+        "Clipping in practice: which clip, and how low?",
     ),
     "underflow": Remedy(
         "Gradients are too small for the format. Scale the loss up before the backward pass and "
