@@ -33,7 +33,10 @@ def minimize(
         max_evaluations: budget: how often the loss and its gradient may be computed.
         history: number of pairs of step and gradient change kept, two vectors each as long as the
             parameters together.
-        tolerance: the run ends when no component of the gradient is larger.
+        tolerance: the run ends when no component of the gradient is larger.  Below about 1e-9 it
+            may never be met on a badly conditioned problem, whatever the budget: PyTorch drops
+            every pair of step s and gradient change y with s·y ≤ 1e-10, so near the minimum it
+            learns no more curvature.
         on_evaluation: called after every evaluation with its number from 0, loss and gradient norm.
         progress: whether to show a progress bar over the evaluations.
 
