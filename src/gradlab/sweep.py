@@ -85,10 +85,8 @@ class Problem:
     weights: tuple[np.ndarray, ...]  # (members, fan_in, fan_out) each
     x: np.ndarray  # (n, features) or (members, n, features)
     y: np.ndarray  # (n,) classes or (n, outputs) targets, or stacked likewise
-    x_rows: (
-        np.ndarray
-    )  # (steps, members, batch) int64: each minibatch's rows of x, stacks flattened
-    y_rows: np.ndarray  # the same rows of y, which may be stacked when x is shared
+    x_rows: np.ndarray  # (steps, members, batch) int64: each minibatch's rows of `flat_x`
+    y_rows: np.ndarray  # its rows of `flat_y`: y may be stacked when x is shared, and vice versa
     rates: np.ndarray  # (steps, members, 1, 1)
     numbers: dict[str, np.ndarray]  # of the update, "slope" and "dropout", (members, 1, 1) each
     draws: np.ndarray  # (steps, batch, hidden units) numbers in [0, 1); no units without dropout
