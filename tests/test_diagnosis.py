@@ -315,6 +315,18 @@ def test_the_step_is_too_large(measurements, kind):
     assert judge(measurements).kind == kind, str(judge(measurements))
 
 
+@pytest.mark.parametrize(
+    ("losses", "course"),
+    [
+        ((2.0, math.inf), "the loss is 2, and not finite after one step."),
+        ((2.0, 9.0, math.nan), "the loss goes from 2 to 9 in 1 step and is not finite after the"),
+        ((2.0, 9.0, 5.0), "the loss goes from 2 to 5, with a peak of 9, in 2 steps."),
+    ],
+)
+def test_the_course_of_a_trial_in_words(losses, course):
+    assert course in " ".join(str(judge(stepping(10.0, losses=losses))).split())
+
+
 def test_a_trial_ends_when_it_has_told_all():
     facts, sharp = OptimizerFacts("SGD", "gradient descent", 0.1), Curvature(10.0)
     falls = [1.0 - 0.1 * i for i in range(9)]

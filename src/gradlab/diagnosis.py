@@ -575,9 +575,13 @@ def _step_size(m: Measurements) -> Iterator[Finding]:
         course = f"from {_number(losses[0])} to {_number(finite[-1])}"
         peak = f", with a peak of {_number(max(finite))}," * (max(finite) > 1.01 * finite[-1])
         tried = "Tried" if above or not evidence else "tried"
-        evidence += f"{tried} on this batch alone, the loss goes {course}{peak} in "
-        evidence += f"{len(finite) - 1} steps"
-        evidence += " and is not finite after the next." if last is not None else "."
+        evidence += f"{tried} on this batch alone, the loss "
+        if last == 1:
+            evidence += f"is {_number(losses[0])}, and not finite after one step."
+        else:
+            steps = len(finite) - 1
+            evidence += f"goes {course}{peak} in {steps} step{'s' * (steps > 1)}"
+            evidence += " and is not finite after the next." if last is not None else "."
     if m.summed:
         evidence += " The loss is summed over the batch, not averaged."
     where = "loss" if m.summed else m.curvature.where if above else m.trial.where

@@ -360,7 +360,7 @@ def test_the_source_line_is_the_users():
     assert "h.sqrt()" in diagnosis.findings[0].source
 
 
-def test_a_fused_recurrent_layer_is_seen_step_by_step():
+def test_a_fused_recurrent_layer_is_seen_step_by_step(recwarn):
     model = Recurrent(nn.LSTM(8, 16, batch_first=True))
     with torch.no_grad():
         model.rnn.weight_hh_l0.mul_(40)
@@ -369,3 +369,4 @@ def test_a_fused_recurrent_layer_is_seen_step_by_step():
     diagnosis = diagnose(model, squared_error, batch)
     uses = [use for use in diagnosis.measurements.layers if "weight_hh" in use.parameter]
     assert len(uses) == 60
+    assert [str(warning.message) for warning in recwarn] == []

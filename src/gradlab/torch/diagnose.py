@@ -179,7 +179,8 @@ def _plain_kernels(model: nn.Module):
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if recurrent:
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            # Asked for TF32, it warns that there is no Intel GPU.
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(torch.enable_grad())
         yield
