@@ -4,14 +4,14 @@ With n blocks and φ the ReLU, a network reads its input through a matrix, h₀ 
 
     h ← skip·h + scale·factor·branch(h),        branch(h) = φ(h)·W
 
-n times, and gives the logits φ(h)·W_out.  `skip` is 0 or 1, `scale` a constant and `factor` a
-number per block that may be learnt.  A `ResidualSpec` says which; `gradlab.torch.residual` and
-`gradlab.keras.residual` build the network of several specifications at once.
+n times, and gives the logits φ(h)·W_out.  `skip` and `scale` are constants and `factor` a number
+per block that may be learnt.  A `ResidualSpec` says which; `gradlab.torch.residual` and
+`gradlab.keras.residual` build the networks of several specifications at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from gradlab.mlp import orthogonal
 
 NORMALIZATIONS = (None, "batch", "layer")
 INITIALIZATIONS = ("normal", "looks_linear", "fixup")
+_SHARED = ("features", "classes", "width", "depth", "matrices", "normalization")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ResidualSpec:
         classes: output width.
         width: of every h.
         depth: number of blocks' matrices in all; with `matrices` = 2 there are depth/2 blocks.
-        skip: whether a block adds its input to what its branch returns.
+        skip: factor on the block's own input; 0 makes a plain network.
         scale: a constant factor on every branch.
         factor: None, or the first value of a learnt factor on every branch, one number per block.
         gain: standard deviation of the blocks' weights × √width; √2 is He's for ReLU.
@@ -53,7 +54,7 @@ class ResidualSpec:
     classes: int
     width: int = 64
     depth: int = 100
-    skip: bool = True
+    skip: float = 1.0
     scale: float = 1.0
     factor: float | None = None
     gain: float = 2**0.5
@@ -81,7 +82,9 @@ class ResidualSpec:
             if self.width % 2:
                 raise ValueError(f"'looks_linear' needs an even width, got {self.width}")
             if self.skip:
-                raise ValueError("'looks_linear' is for networks without skips, got skip=True")
+                raise ValueError(
+                    f"'looks_linear' is for networks without skips, got skip={self.skip!r}"
+                )
 
     @property
     def blocks(self) -> int:
@@ -130,12 +133,12 @@ def stacked_weights(
     """
     check_alike(specs)
     members = [initial_weights(*pair) for pair in zip(specs, seeds, strict=True)]
-    return {name: np.stack([w[name] for w in members]).astype(dtype) for name in members[0]}
+    return {name: np.stack([w[name] for w in members]).astype(dtype, copy=False) for name in members[0]}
 
 
 def check_alike(specs: Sequence[ResidualSpec]) -> None:
     """Raise a ValueError unless all specifications can share one stack of arrays and one graph."""
-    for name in ("features", "classes", "width", "depth", "matrices", "normalization"):
+    for name in _SHARED:
         values = {getattr(spec, name) for spec in specs}
         if len(values) != 1:
             raise ValueError(
@@ -143,38 +146,83 @@ def check_alike(specs: Sequence[ResidualSpec]) -> None:
             )
 
 
-def predicted_growth(spec: ResidualSpec, q0: float = 1.0, batch: int | None = None) -> float:
+def predicted_growth(
+    spec: ResidualSpec, q0: float | np.ndarray = 1.0, batch: int | None = None
+) -> float:
     """‖∂L/∂h₀‖ / ‖∂L/∂h_n‖ at initialisation in a wide network, from mean-field arguments.
 
-    A branch whose weights have variance g²/width passes on g²/2 of the squared gradient, and the
-    part that a skip passes on adds to it, for the two are uncorrelated at first.  So a block
-    multiplies the squared norm by skip + (scale·factor)²·g²/2.  A normalised branch divides by the
-    variance of what it reads.  Without a skip that is a constant; with one it is the sum of q₀ and
-    of what all blocks before have added, and the growth is a power of the depth (Yang and
-    Schoenholz 2017).
+    A branch whose weights have variance g²/width passes on g²/2 of the squared gradient.  The part
+    that takes the skip adds to it, for the two are uncorrelated at first.  So a block multiplies
+    the squared norm by skip² + (scale·factor)²·g²/2.  A normalised branch divides by the variance
+    of what it reads: with a skip this is q₀ and what all blocks before have added, and the growth
+    is a power of the depth (Yang and Schoenholz 2017).
 
     Args:
         spec: the network.
-        q0: variance of h₀.
+        q0: mean square of h₀; under layer normalisation it may be one per sample, (samples,).
         batch: samples that batch normalisation sees; None takes infinitely many.
 
     Returns:
-        The ratio of the norms; its square is a mean over initial weights.
+        The ratio of the norms; its square is a mean over initial weights (and over samples).
+
+    Raises:
+        ValueError: normalised branches of two matrices, for which no formula is here.
+
+    Example:
+        >>> predicted_growth(ResidualSpec(64, 10, depth=20))
+        1024.0
     """
-    if spec.initialization == "looks_linear" or spec.initialization == "fixup" and spec.skip:
+    if spec.initialization == "looks_linear":
         return 1.0
-    start = 1.0 if spec.factor is None else spec.factor
-    strength = (spec.scale * start) ** 2
+    power = spec.gain**2 / 2  # what a matrix and a ReLU leave of a mean square, either way
+    strength = (spec.scale * (1.0 if spec.factor is None else spec.factor)) ** 2
     if spec.normalization is None:
-        return float((spec.skip + strength * (spec.gain**2 / 2) ** spec.matrices) ** (spec.blocks / 2))
+        through = 0.0 if spec.initialization == "fixup" else strength * power**spec.matrices
+        return float((spec.skip**2 + through) ** (spec.blocks / 2))
     if spec.matrices == 2:
         raise ValueError("no prediction for normalised branches of two matrices")
-    kind = spec.normalization
-    chi = theory.normalization_growth(kind, "relu", batch if kind == "batch" else None) ** 2
-    added = 1.0 if kind == "batch" else spec.gain**2 / 2  # to the variance, by a branch
-    passed = strength * chi * (1.0 if kind == "batch" else spec.gain**2 / 2)
-    before = q0 + strength * added * np.arange(spec.blocks)
-    if not spec.skip:
-        before = np.full(spec.blocks, strength * added)
-        before[0] = q0
-    return float(np.sqrt(np.prod(spec.skip + passed / before)))
+    if spec.normalization == "batch":
+        added, passed = 1.0, theory.normalization_growth("batch", "relu", batch) ** 2
+    else:
+        added, passed = power, power * theory.normalization_growth("layer", "relu") ** 2
+    q, product = np.asarray(q0, float), 1.0
+    for _ in range(spec.blocks):
+        product = product * (spec.skip**2 + strength * passed / q)
+        q = spec.skip**2 * q + strength * added
+    return float(np.sqrt(np.mean(product)))
+
+
+def variants(depth: int, *, features: int = 64, classes: int = 10, width: int = 64) -> dict:
+    """The book's eleven networks of one depth and width, by name.
+
+    "ReZero" is SkipInit too: in blocks without normalisation they differ in name only
+    (Bachlechner et al. 2021; De and Smith 2020).  "zero γ" has one γ per block, not per unit.
+
+    Returns:
+        Name to `ResidualSpec`.
+    """
+    settings = {
+        "plain, Glorot": {"skip": 0.0, "gain": 1.0},
+        "plain, He": {"skip": 0.0},
+        "plain, looks linear": {"skip": 0.0, "initialization": "looks_linear"},
+        "plain, batch norm": {"skip": 0.0, "normalization": "batch"},
+        "skip": {},
+        "skip, batch norm": {"normalization": "batch"},
+        "skip, layer norm": {"normalization": "layer"},
+        "skip, scaled": {"scale": depth**-0.5},
+        "skip, zero γ": {"normalization": "batch", "factor": 0.0},
+        "ReZero": {"factor": 0.0},
+        "Fixup": {"matrices": 2, "initialization": "fixup"},
+    }
+    return {
+        name: ResidualSpec(features, classes, width, depth, **setting)
+        for name, setting in settings.items()
+    }
+
+
+def alike(specs: Mapping[str, ResidualSpec]) -> list[list[str]]:
+    """The names, grouped so that each group can share one stack of arrays and one graph."""
+    groups: dict[tuple, list[str]] = {}
+    for name, spec in specs.items():
+        groups.setdefault(tuple(getattr(spec, field) for field in _SHARED), []).append(name)
+    return list(groups.values())

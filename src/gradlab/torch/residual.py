@@ -49,8 +49,8 @@ def gradient_norms(
     Returns:
         (members, blocks + 1) norms over the batch, h₀ first.
     """
-    w = {name: torch.from_numpy(array).requires_grad_() for name, array in weights.items()}
-    inputs = torch.as_tensor(x, dtype=w["stem"].dtype).expand(len(specs), -1, -1)
+    w = {name: torch.from_numpy(array) for name, array in weights.items()}
+    inputs = torch.as_tensor(x, dtype=w["stem"].dtype).expand(len(specs), -1, -1).requires_grad_()
     *h, logits = _states(specs)(w, inputs)
     classes = torch.as_tensor(y).expand(len(specs), -1)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten())
