@@ -133,7 +133,8 @@ def stacked_weights(
     """
     check_alike(specs)
     members = [initial_weights(*pair) for pair in zip(specs, seeds, strict=True)]
-    return {name: np.stack([w[name] for w in members]).astype(dtype, copy=False) for name in members[0]}
+    stacks = {name: np.stack([w[name] for w in members]) for name in members[0]}
+    return {name: stack.astype(dtype, copy=False) for name, stack in stacks.items()}
 
 
 def check_alike(specs: Sequence[ResidualSpec]) -> None:
