@@ -3,7 +3,7 @@
 from gradlab.keras._backend import keras  # first: it imports quietly, or says what is missing
 
 # isort: split
-from gradlab.keras import clip, lbfgs, sweep
+from gradlab.keras import clip, lbfgs, residual, sweep
 from gradlab.keras.diagnose import diagnose
 from gradlab.keras.initialize import lsuv_
 from gradlab.keras.models import MLP
@@ -18,5 +18,6 @@ __all__ = [
     "keras",
     "lbfgs",
     "lsuv_",
+    "residual",
     "sweep",
 ]

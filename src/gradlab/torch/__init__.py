@@ -7,7 +7,7 @@ except ImportError as error:
         "gradlab.torch needs PyTorch, which is not installed: pip install torch"
     ) from error
 
-from gradlab.torch import clip, lbfgs, sweep
+from gradlab.torch import clip, lbfgs, residual, sweep
 from gradlab.torch.diagnose import diagnose
 from gradlab.torch.initialize import lsuv_
 from gradlab.torch.models import MLP
@@ -21,5 +21,6 @@ __all__ = [
     "diagnose",
     "lbfgs",
     "lsuv_",
+    "residual",
     "sweep",
 ]
