@@ -10,7 +10,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = frozenset(
-    {"backprop", "claims", "clip", "data", "diagnosis", "history", "keras", "lanczos", "lbfgs"}
+    {"backprop", "claims", "clip", "data", "diagnosis", "forecast", "history", "keras"}
+    | {"lanczos", "lbfgs"}
     | {"measurements", "mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch", "updates"}
 )
 
