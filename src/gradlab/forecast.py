@@ -16,8 +16,8 @@ KINDS = ("raw", "standard", "returns")
 """What `prepare` can make of prices."""
 
 CELLS = {"LSTM": 4, "RNN": 1}
-"""Recurrent layers, and how many blocks of units each has: an LSTM's three gates and its candidate,
-or the units of a simple recurrent layer with ReLU."""
+"""Recurrent layers, and how many blocks of units each has.  An LSTM has three gates and a
+candidate, a simple recurrent layer, here with ReLU, only its units."""
 
 METHODS = ("Adam", "L-BFGS")
 """What `fit` can train with."""
@@ -31,11 +31,13 @@ class Task:
         x: the windows, oldest value first, float32, (windows, length).
         y: the value that follows each, float32, (windows,).
         days: index of each target among the prices, (windows,), ascending.
-        train, validation, test: bool masks of the windows, (windows,): targets of the first days,
-            of the days after them, and of the last days.
+        train: bool mask of the windows whose targets are on the first days, (windows,).
+        validation: the same of the days after them.
+        test: the same of the last days.
         prices: as given, float64, (days,).
         kind: one of `KINDS`.
-        shift, scale: what a value had subtracted, and was then divided by.
+        shift: what every value had subtracted.
+        scale: what it was then divided by.
     """
 
     x: np.ndarray
@@ -56,7 +58,7 @@ class Task:
 
     @property
     def persistence(self) -> np.ndarray:
-        """The baseline: the price of the day before each target, (windows,)."""
+        """The baseline, which is the price of the day before each target, (windows,)."""
         return self.prices[self.days - 1]
 
     def dollars(self, outputs: np.ndarray) -> np.ndarray:
