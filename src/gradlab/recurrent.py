@@ -27,7 +27,6 @@ from gradlab import theory
 __all__ = [
     "CELLS",
     "backward_through_time",
-    "bias_for_memory",
     "growth_per_step",
     "initial_weights",
     "matrices",
@@ -46,9 +45,9 @@ def matrices(kind: str, width: int, seeds: Iterable[int], scale: float = 1.0) ->
     Args:
         kind: "orthogonal" (uniformly drawn, every singular value equal), "gaussian" (independent
             entries of standard deviation scale/√width), "identity" (the same for every seed), or
-            "triangular" (all eigenvalues equal to `scale`, and Gaussian entries of standard
-            deviation 1/√width above the diagonal: far from normal, so that products of it grow
-            before they follow the eigenvalues).
+            "triangular" (eigenvalues evenly spaced from -scale to scale on the diagonal, Gaussian
+            entries of standard deviation 3/√width above it: far from normal, so that its powers
+            grow before they follow the eigenvalues).
         width: rows and columns.
         seeds: one matrix per seed.
         scale: ρ.
@@ -72,7 +71,8 @@ def matrices(kind: str, width: int, seeds: Iterable[int], scale: float = 1.0) ->
         elif kind == "identity":
             drawn.append(scale * np.eye(width))
         else:
-            drawn.append(scale * np.eye(width) + np.triu(gaussian, 1) / np.sqrt(width))
+            eigenvalues = np.linspace(-scale, scale, width)
+            drawn.append(np.diag(eigenvalues) + 3 * np.triu(gaussian, 1) / np.sqrt(width))
     return np.stack(drawn)
 
 
@@ -152,19 +152,6 @@ def growth_per_step(activation: str, scale: float, drive: float = 0.0) -> float:
         drive: standard deviation of what the inputs add to each unit.
     """
     return theory.growth_factor(activation, scale, drive)
-
-
-def bias_for_memory(steps: float) -> float:
-    """Forget bias at which a gate that hears nothing else keeps 1/e of the state for `steps` steps.
-
-    σ(b)^steps = 1/e, σ being the sigmoid.
-
-    Raises:
-        ValueError: steps that are not positive.
-    """
-    if not steps > 0:
-        raise ValueError(f"steps must be positive, got {steps!r}")
-    return float(-np.log(np.expm1(1 / steps)))
 
 
 def backward_through_time(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import tensorflow as tf
@@ -32,12 +33,12 @@ def network(cell: str, *, truncate: int | None = None) -> Callable[[Weights, tf.
     _check(cell, truncate)
 
     def outputs(weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        if truncate is not None and truncate < x.shape[2]:
-            cut = x.shape[2] - truncate
+        if truncate is None:
+            state = _last(cell, weights, x)
+        else:
+            cut = tf.maximum(tf.shape(x)[2] - truncate, 0)
             state = tf.stop_gradient(_last(cell, weights, x[:, :, :cut]))
             state = _last(cell, weights, x[:, :, cut:], state)
-        else:
-            state = _last(cell, weights, x)
         h = state[..., : weights["readout"].shape[1]]  # an LSTM's state has a second half
         return h @ weights["readout"] + weights["readout_bias"][:, None]
 
@@ -86,17 +87,22 @@ def error_norms(
     """
     w, x, error = {k: tf.constant(a) for k, a in weights.items()}, *map(tf.constant, (x, error))
     width = error.shape[-1] * (2 if cell == "lstm" else 1)
-    gradient = _error(cell, w, x, error, tf.zeros((x.shape[2], *x.shape[:2], width), x.dtype))
+    gradient = _error(cell)(w, x, error, tf.zeros((x.shape[2], *x.shape[:2], width), x.dtype))
     return np.linalg.norm(gradient.numpy().astype(float).reshape(*gradient.shape[:2], -1), axis=2)
 
 
-@tf.function(reduce_retracing=True)
-def _error(cell, weights, x, error, nudges):
-    with tf.GradientTape() as tape:
-        tape.watch(nudges)
-        last = states(cell, weights, x, nudges=nudges)[-1][..., : error.shape[-1]]
-        loss = tf.reduce_sum(last * error)
-    return tape.gradient(loss, nudges)
+@lru_cache(maxsize=8)
+def _error(cell: str) -> Callable:
+    """A graph for each cell: one for all would be traced for each, and TensorFlow warns of it."""
+
+    def error_of_each(weights, x, error, nudges):
+        with tf.GradientTape() as tape:
+            tape.watch(nudges)
+            last = states(cell, weights, x, nudges=nudges)[-1][..., : tf.shape(error)[-1]]
+            loss = tf.reduce_sum(last * error)
+        return tape.gradient(loss, nudges)
+
+    return tf.function(error_of_each, reduce_retracing=True)
 
 
 def _check(cell: str, truncate: int | None) -> None:
@@ -114,20 +120,21 @@ def _from_input(weights: Weights, x: tf.Tensor) -> tf.Tensor:
 
 def _start(cell: str, weights: Weights, x: tf.Tensor) -> tf.Tensor:
     width = weights["recurrent"].shape[1] * (2 if cell == "lstm" else 1)
-    return tf.zeros((x.shape[0], tf.shape(x)[1], width), x.dtype)
+    return tf.zeros((tf.shape(x)[0], tf.shape(x)[1], width), x.dtype)
 
 
 def _last(
     cell: str, weights: Weights, x: tf.Tensor, state: tf.Tensor | None = None
 ) -> tf.Tensor:
     """The last state alone: a loop inside the graph, so that a long sequence is one step of it."""
-    step, u = _STEPS[cell], weights["recurrent"]
+    step, u, steps = _STEPS[cell], weights["recurrent"], tf.shape(x)[2]
     elements = _from_input(weights, x)
     _, state = tf.while_loop(
-        lambda t, _: t < x.shape[2],
+        lambda t, _: t < steps,
         lambda t, s: (t + 1, step(elements[t], s, u)),
         (tf.constant(0), _start(cell, weights, x) if state is None else state),
-        maximum_iterations=x.shape[2],
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None, None])),
+        maximum_iterations=steps,
     )
     return state
 
