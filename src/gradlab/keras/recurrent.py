@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 import tensorflow as tf
@@ -87,22 +86,13 @@ def error_norms(
     """
     w, x, error = {k: tf.constant(a) for k, a in weights.items()}, *map(tf.constant, (x, error))
     width = error.shape[-1] * (2 if cell == "lstm" else 1)
-    gradient = _error(cell)(w, x, error, tf.zeros((x.shape[2], *x.shape[:2], width), x.dtype))
+    nudges = tf.zeros((x.shape[2], *x.shape[:2], width), x.dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(nudges)
+        last = states(cell, w, x, nudges=nudges)[-1][..., : error.shape[-1]]
+        loss = tf.reduce_sum(last * error)
+    gradient = tape.gradient(loss, nudges)
     return np.linalg.norm(gradient.numpy().astype(float).reshape(*gradient.shape[:2], -1), axis=2)
-
-
-@lru_cache(maxsize=8)
-def _error(cell: str) -> Callable:
-    """A graph for each cell: one for all would be traced for each, and TensorFlow warns of it."""
-
-    def error_of_each(weights, x, error, nudges):
-        with tf.GradientTape() as tape:
-            tape.watch(nudges)
-            last = states(cell, weights, x, nudges=nudges)[-1][..., : tf.shape(error)[-1]]
-            loss = tf.reduce_sum(last * error)
-        return tape.gradient(loss, nudges)
-
-    return tf.function(error_of_each, reduce_retracing=True)
 
 
 def _check(cell: str, truncate: int | None) -> None:
