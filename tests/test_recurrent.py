@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+import torch
 
 import gradlab.keras.recurrent as kr
 import gradlab.torch.recurrent as tr
 from gradlab import recurrent
-
-import keras
-import tensorflow as tf
-import torch
 
 MEMBERS, BATCH, STEPS, INPUTS, WIDTH, OUTPUTS = 2, 3, 7, 4, 5, 3
 CELLS = tuple(recurrent.CELLS)

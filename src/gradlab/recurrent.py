@@ -5,8 +5,8 @@ A recurrent network reads a sequence, one step at a time, and keeps a state h:
     h_t = φ(x_t W + h_{t-1} U + b)          for t = 1 … T,  h_0 = 0,
 
 and its outputs are h_T V + c.  The same U acts at every step, so the gradient that travels back
-from h_T to h_t is multiplied T − t times by the transpose of U, each time after the slopes φ'.  This
-module holds what no framework is needed for; `gradlab.torch.recurrent` and
+from h_T to h_t is multiplied T − t times by the transpose of U, each time after the slopes φ'.
+This module holds what no framework is needed for; `gradlab.torch.recurrent` and
 `gradlab.keras.recurrent` hold the networks themselves, ready for `sweep.fit`.
 
 Weights are a dict of arrays whose first axis counts the members, as everywhere in `gradlab.sweep`:
@@ -141,10 +141,10 @@ def growth_per_step(activation: str, scale: float, drive: float = 0.0) -> float:
     """Factor by which the error's norm grows per step backwards, as mean field expects it.
 
     The state settles at a variance q = scale²·E[φ(√q z)²] + drive², and the squared norm of the
-    error then grows by scale²·E[φ'(√q z)²] per step, z being a standard normal number: the theory of
-    a random feedforward network (Poole et al. 2016; Schoenholz et al. 2017), with time for depth and
-    the inputs in the place of the biases.  It takes every step's matrix for a fresh one, which
-    a recurrent network's is not.
+    error then grows by scale²·E[φ'(√q z)²] per step, z being a standard normal number.  It is the
+    theory of a random feedforward network (Poole et al. 2016; Schoenholz et al. 2017), with time
+    for depth and the inputs in the place of the biases.  It takes every step's matrix for a fresh
+    one, which a recurrent network's is not.
 
     Args:
         activation: a name that `theory.activation` knows.

@@ -1,4 +1,4 @@
-"""Stacked recurrent networks for `sweep.fit`, in TensorFlow.  `gradlab.torch.recurrent` is its twin."""
+"""Recurrent networks for `sweep.fit`, in TensorFlow.  `gradlab.torch.recurrent` is its twin."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def states(
             respect to them are those with respect to the states.  None: nothing.
 
     Returns:
-        (steps, members, batch, state).  The state is h, and h beside the cell's memory for an LSTM.
+        (steps, members, batch, state).  The state is h; an LSTM's is h and, beside it, the cell's
+        memory.
     """
     step, u = _STEPS[cell], weights["recurrent"]
     elements = _from_input(weights, x)
@@ -113,9 +114,7 @@ def _start(cell: str, weights: Weights, x: tf.Tensor) -> tf.Tensor:
     return tf.zeros((tf.shape(x)[0], tf.shape(x)[1], width), x.dtype)
 
 
-def _last(
-    cell: str, weights: Weights, x: tf.Tensor, state: tf.Tensor | None = None
-) -> tf.Tensor:
+def _last(cell: str, weights: Weights, x: tf.Tensor, state: tf.Tensor | None = None) -> tf.Tensor:
     """The last state alone: a loop inside the graph, so that a long sequence is one step of it."""
     step, u, steps = _STEPS[cell], weights["recurrent"], tf.shape(x)[2]
     elements = _from_input(weights, x)

@@ -1,4 +1,4 @@
-"""Stacked recurrent networks for `sweep.fit`, in PyTorch.  `gradlab.keras.recurrent` is its twin."""
+"""Recurrent networks for `sweep.fit`, in PyTorch.  `gradlab.keras.recurrent` is its twin."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def states(
             respect to them are those with respect to the states.  None: nothing.
 
     Returns:
-        steps × (members, batch, state).  The state is h, and h beside the cell's memory for an LSTM.
+        A list of (members, batch, state), one per step.  The state is h; an LSTM's is h and, beside
+        it, the cell's memory.
     """
     step = _STEPS[cell]
     u = weights["recurrent"]
