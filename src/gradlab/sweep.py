@@ -2,15 +2,16 @@
 
 A *member* is one network with its own weights, learning rate, settings and minibatches.  All
 members have the same shape, so that one stacked matrix product serves them all: forty networks
-cost little more than one, where one is too small to keep a processor busy.  This module holds the
-arguments' checks, the minibatches and the result, and `distribute`, which spreads the members over
-processes or machines; the training itself is in `gradlab.torch.sweep` and `gradlab.keras.sweep`,
-under one name and signature.
+cost little more than one, where one is too small to keep a processor busy.  `train` trains
+multilayer perceptrons and `fit` any network that you can write as a function of stacked weights.
+This module holds the arguments' checks, the minibatches and the result, and `distribute`, which
+spreads the members over processes or machines; the training itself is in `gradlab.torch.sweep` and
+`gradlab.keras.sweep`, under the same names and signatures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -27,6 +28,8 @@ __all__ = ["MembersFailed", "SweepResult", "Update", "distribute", "dropout_draw
 ACTIVATIONS = tuple(theory.activation_names())
 LOSSES = ("cross_entropy", "mse")
 NORMALIZATIONS = (None, "batch", "layer")
+EVALUATED = 256
+"""How many examples `fit` evaluates at a time: what a batch normalisation sees."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,17 @@ class SweepResult:
         update_norm: Euclidean norm of what the step adds to the weights, shape (steps, members);
             None unless recorded.
         weight_norm: Euclidean norm of all weights, shape (steps, members); None unless recorded.
+        array_norm: Euclidean norm of the loss's gradient over each weight array, shape (steps,
+            members, arrays); None unless recorded.
+        noted: what the network of `fit` noted at each step, by name, shape (steps, members) each.
         accuracy: share of the test examples (of the training examples when no test set is given)
             that the trained member classifies right, shape (members,); NaN for a failed member and
             for a regression.
         train_accuracy: the same of the training examples.
         failed: whether the loss, a gradient or a weight stopped being finite, shape (members,).
         first_nonfinite: the first step at which that showed, shape (members,); -1 if never.
-        weights: the trained weights, one array (members, fan_in, fan_out) per layer.
+        weights: the trained weights, shaped like those given: one array (members, fan_in, fan_out)
+            per layer from `train`, a dict of arrays from `fit`.
     """
 
     loss: np.ndarray
@@ -57,25 +64,43 @@ class SweepResult:
     delta_norm: np.ndarray | None
     update_norm: np.ndarray | None
     weight_norm: np.ndarray | None
+    array_norm: np.ndarray | None
+    noted: dict[str, np.ndarray]
     accuracy: np.ndarray
     train_accuracy: np.ndarray
     failed: np.ndarray
     first_nonfinite: np.ndarray
-    weights: tuple[np.ndarray, ...]
+    weights: tuple[np.ndarray, ...] | dict[str, np.ndarray]
+
+
+class Network(NamedTuple):
+    """A network of `fit`: its function, and how its weights are called and shaped."""
+
+    function: Callable
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]  # with the leading axis of members
+
+    def __call__(self, matrices: Sequence, x, reshape: Callable) -> tuple:
+        """Its outputs and what it noted, given the weights as stacked matrices."""
+        named = zip(self.names, matrices, self.shapes, strict=True)
+        result = self.function({name: reshape(w, shape) for name, w, shape in named}, x)
+        return result if isinstance(result, tuple) else (result, {})
 
 
 class Setting(NamedTuple):
     """What is computed, whatever the numbers: fixed when a graph is traced."""
 
-    activation: str
-    loss: str
-    output_scale: float
-    normalization: str | None
-    skip: float | None
-    dropout: bool
     plan: Plan
-    record_layers: bool
-    record_updates: bool
+    loss: str | Callable
+    activation: str = "relu"
+    output_scale: float = 1.0
+    normalization: str | None = None
+    skip: float | None = None
+    dropout: bool = False
+    network: Network | None = None  # of `fit`; `train` builds its own from the rest
+    record_layers: bool = False
+    record_arrays: bool = False
+    record_updates: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,7 @@ class Problem:
     """The checked arguments of a sweep, as arrays of one floating dtype."""
 
     weights: tuple[np.ndarray, ...]  # (members, fan_in, fan_out) each
-    x: np.ndarray  # (n, features) or (members, n, features)
+    x: np.ndarray  # (n, features) or (members, n, features); of `fit`, (n, …)
     y: np.ndarray  # (n,) classes or (n, outputs) targets, or stacked likewise
     x_rows: np.ndarray  # (steps, members, batch) int64: each minibatch's rows of `flat_x`
     y_rows: np.ndarray  # its rows of `flat_y`: y may be stacked when x is shared, and vice versa
@@ -97,10 +122,14 @@ class Problem:
 
     def flat_x(self) -> np.ndarray:
         """All members' inputs below each other, (rows, features): what `x_rows` counts."""
+        if self.setting.network is not None:
+            return self.x
         return self.x.reshape(-1, self.x.shape[-1])
 
     def flat_y(self) -> np.ndarray:
         """The same of the targets: what `y_rows` counts."""
+        if self.setting.network is not None:
+            return self.y
         tail = () if self.setting.loss == "cross_entropy" else self.y.shape[-1:]
         return self.y.reshape(-1, *tail)
 
@@ -113,6 +142,8 @@ class Measured(NamedTuple):
     delta_norm: np.ndarray | None
     update_norm: np.ndarray | None
     weight_norm: np.ndarray | None
+    array_norm: np.ndarray | None
+    noted: dict[str, np.ndarray]
     weights: Sequence[np.ndarray]
     outputs: np.ndarray  # of the trained members on the test set, (members, n_test, outputs)
     train_outputs: np.ndarray  # on the training set
@@ -122,6 +153,12 @@ class Train(Protocol):
     """A framework's `sweep.train`."""
 
     def __call__(self, weights, x, y, *, lr, **settings) -> SweepResult: ...
+
+
+class Fit(Protocol):
+    """A framework's `sweep.fit`."""
+
+    def __call__(self, network, weights, x, y, *, lr, **settings) -> SweepResult: ...
 
 
 def minibatches(n: int, members: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
@@ -280,7 +317,34 @@ def _check(
     else:
         names = ("x_test", x_test, "y_test", y_test)
         x_test, y_test = _check_data(*names, dtype, members, features, outputs, loss)
-    n = x.shape[-2]
+    own = {"slope": per_member("slope", slope, members, dtype)}
+    own["dropout"] = per_member("dropout", dropout, members, dtype)
+    if not ((own["dropout"] >= 0) & (own["dropout"] < 1)).all():
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
+    setting = Setting(
+        update.plan(),
+        loss,
+        activation,
+        output_scale,
+        normalization,
+        skip,
+        dropout=bool(own["dropout"].any()),
+        record_layers=record_layers,
+        record_updates=record_updates,
+    )
+    return _problem(
+        setting, weights, (x, y), (x_test, y_test), x.shape[-2], own=own, lr=lr, update=update,
+        rows=rows, steps=steps, batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def _problem(
+    setting: Setting, weights, data, test_data, n: int, *, own, lr, update, rows, steps, batch_size,
+    seed, progress,
+) -> Problem:  # fmt: skip
+    """Checked weights and data, with the minibatches and every step's numbers."""
+    members, dtype = len(weights[0]), weights[0].dtype
+    (x, y), (x_test, y_test) = data, test_data
     if rows is None:
         for name, value in (("steps", steps), ("batch_size", batch_size)):
             if value < 1:
@@ -290,34 +354,21 @@ def _check(
         rows = _check_rows(rows, members, n)
     stacked_rows = rows + n * np.arange(members)[:, None]
     rates = update.rates(lr, len(rows), members, dtype)
-    own = {"slope": per_member("slope", slope, members, dtype)}
-    own["dropout"] = per_member("dropout", dropout, members, dtype)
-    if not ((own["dropout"] >= 0) & (own["dropout"] < 1)).all():
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
-    drops = bool(own["dropout"].any())
-    units = sum(w.shape[2] for w in weights[:-1]) if drops else 0
+    units = sum(w.shape[2] for w in weights[:-1]) if setting.dropout else 0
+    own_x = setting.network is None and x.ndim == 3
+    own_y = setting.network is None and y.ndim == (2 if setting.loss == "cross_entropy" else 3)
     return Problem(
         weights=weights,
         x=x,
         y=y,
-        x_rows=stacked_rows if x.ndim == 3 else rows,
-        y_rows=stacked_rows if y.ndim == (2 if loss == "cross_entropy" else 3) else rows,
+        x_rows=stacked_rows if own_x else rows,
+        y_rows=stacked_rows if own_y else rows,
         rates=np.broadcast_to(rates, (len(rows), members, 1, 1)).copy(),
         numbers=update.numbers(members, dtype) | own,
         draws=dropout_draws(len(rows), rows.shape[2], units, seed),
         x_test=x_test,
         y_test=y_test,
-        setting=Setting(
-            activation,
-            loss,
-            output_scale,
-            normalization,
-            skip,
-            drops,
-            update.plan(),
-            record_layers,
-            record_updates,
-        ),
+        setting=setting,
         progress=progress,
     )
 
@@ -346,10 +397,14 @@ def _check_weights(weights: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
                 f"layer {number} has fan_in {after[1]}, expected {before[2]}: the fan_out of the "
                 f"layer before it (shapes {shapes})"
             )
+    _check_dtypes(weights)
+    return weights
+
+
+def _check_dtypes(weights: Sequence[np.ndarray]) -> None:
     dtypes = {w.dtype for w in weights}
     if dtypes not in ({np.dtype(np.float32)}, {np.dtype(np.float64)}):
         raise ValueError(f"weights are {sorted(map(str, dtypes))}, expected all float32 or float64")
-    return weights
 
 
 def _check_data(
@@ -399,18 +454,195 @@ def _judge(problem: Problem, measured: Measured) -> SweepResult:
             return np.full(failed.shape, np.nan)
         return np.where(failed, np.nan, (outputs.argmax(-1) == y).mean(-1))
 
+    network = problem.setting.network
+    if network is not None:
+        named = zip(network.names, weights, network.shapes, strict=True)
+        weights = {name: w.reshape(shape) for name, w, shape in named}
     return SweepResult(
         loss=loss,
         grad_norm=grad_norm,
         delta_norm=measured.delta_norm,
         update_norm=measured.update_norm,
         weight_norm=measured.weight_norm,
+        array_norm=measured.array_norm,
+        noted=measured.noted,
         accuracy=accuracy(measured.outputs, problem.y_test),
         train_accuracy=accuracy(measured.train_outputs, problem.y),
         failed=failed,
         first_nonfinite=np.where(failed, bad.argmax(0), -1),
         weights=weights,
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks of any kind
+
+
+def fitter(engine: Callable[[Problem], Measured], module: str) -> Fit:
+    """A framework's `fit`: one signature, one check and one judgement around its engine.
+
+    Args:
+        engine: trains a checked problem and returns what it measured.
+        module: the module that calls it.
+    """
+
+    def fit(
+        network: Callable,
+        weights: Mapping[str, np.ndarray],
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        lr: Number,
+        update: Update = Update(),  # noqa: B008 (frozen)
+        steps: int = 200,
+        batch_size: int = 64,
+        seed: int = 0,
+        rows: np.ndarray | None = None,
+        loss: str | Callable = "cross_entropy",
+        x_test: np.ndarray | None = None,
+        y_test: np.ndarray | None = None,
+        record_arrays: bool = False,
+        record_updates: bool = False,
+        progress: bool = False,
+    ) -> SweepResult:
+        """Train a stack of networks of any kind on minibatches.
+
+        As `train`, with the network given as a function of its weights.
+
+        Args:
+            network: takes a dict from name to tensor (members, …) and inputs (members, batch, …),
+                and returns outputs (members, batch, classes), or a pair: these, and a dict of
+                numbers to note at each step, a tensor (members,) by name.  It is written in the
+                framework's own terms and must keep the members apart.
+            weights: the initial weights by name, arrays (members, …), all float32 or all float64,
+                which is then the precision of the training.
+            x: inputs, shape (n, …), the same for all members; integers stay integers.
+            y: integer classes, shape (n,); for other losses targets, (n, outputs).
+            lr, update, steps, batch_size, seed, rows: as in `train`.  "layer" and "adaptive"
+                clipping take each array for a layer, and its last axis for the units.
+            loss: "cross_entropy", "mse", or a function of outputs and targets, (members, batch, …)
+                each, that returns one loss per member, (members,).
+            x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
+                The evaluation takes 256 examples at a time, the first ones once more to fill up.
+            record_arrays: whether to keep the gradient norm of each weight array.
+            record_updates: whether to keep the norms of updates and weights.
+            progress: whether to show a progress bar over the steps.
+
+        Returns:
+            A `gradlab.sweep.SweepResult`, whose weights are a dict again.
+
+        Raises:
+            ValueError: an argument whose shape or value does not fit, or outputs that do not.
+
+        Example:
+            >>> def network(weights, x):
+            ...     return x @ weights["matrix"]
+            >>> x, y = np.eye(3), np.array([0, 1, 0])
+            >>> weights = {"matrix": np.zeros((2, 3, 2), "float32")}
+            >>> fit(network, weights, x, y, lr=[0.1, np.nan], steps=5).failed.tolist()
+            [False, True]
+        """
+        problem = _check_fit(
+            network, weights, x, y, lr=lr, update=update, steps=steps, batch_size=batch_size,
+            seed=seed, rows=rows, loss=loss, x_test=x_test, y_test=y_test,
+            record_arrays=record_arrays, record_updates=record_updates, progress=progress,
+        )  # fmt: skip
+        return _judge(problem, engine(problem))
+
+    fit.__module__, fit.__qualname__ = module, "fit"
+    return fit
+
+
+def _check_fit(
+    network, weights, x, y, *, lr, update, steps, batch_size, seed, rows, loss, x_test, y_test,
+    record_arrays, record_updates, progress,
+) -> Problem:  # fmt: skip
+    """The arguments of `fit` as a problem; a ValueError if one does not fit."""
+    if not callable(network):
+        raise ValueError(f"network must be a function of weights and inputs, got {network!r}")
+    if not callable(loss) and loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is none of {LOSSES} and no function")
+    if not isinstance(update, Update):
+        raise ValueError(f"update must be a gradlab.sweep.Update, got {update!r}")
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(f"weights must be a dict from name to array, got {type(weights).__name__}")
+    arrays = {name: np.asarray(array) for name, array in weights.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
+        raise ValueError(f"weights have shapes {shapes}, expected (members, …) with equal members")
+    _check_dtypes(list(arrays.values()))
+    matrices = tuple(_as_matrices(array) for array in arrays.values())
+    if (x_test is None) != (y_test is None):
+        raise ValueError("x_test and y_test belong together, got only one of them")
+    x, y = _check_examples("x", x, "y", y, matrices[0].dtype, loss)
+    if x_test is None:
+        x_test, y_test = x, y
+    else:
+        x_test, y_test = _check_examples(
+            "x_test", x_test, "y_test", y_test, matrices[0].dtype, loss
+        )
+    setting = Setting(
+        update.plan(),
+        loss,
+        network=Network(network, tuple(arrays), tuple(shapes.values())),
+        record_arrays=record_arrays,
+        record_updates=record_updates,
+    )
+    return _problem(
+        setting, matrices, (x, y), (x_test, y_test), len(x), own={}, lr=lr, update=update,
+        rows=rows, steps=steps, batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def _as_matrices(array: np.ndarray) -> np.ndarray:
+    """Stacked arrays as stacked matrices (members, rows, last axis), which updates work on."""
+    if array.ndim == 1:
+        return array[:, None, None]
+    return array.reshape(len(array), -1, array.shape[-1])
+
+
+def _check_examples(x_name, x, y_name, y, dtype, loss) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim < 2 or not len(x) or len(y) != len(x):
+        raise ValueError(
+            f"{x_name} has shape {x.shape} and {y_name} {y.shape}, expected (n, …) each with the "
+            f"same n ≥ 1"
+        )
+    is_integer = np.issubdtype(y.dtype, np.integer)
+    if loss == "cross_entropy" and (not is_integer or y.ndim != 1 or y.min() < 0):
+        raise ValueError(
+            f"{y_name} is {y.dtype} of shape {y.shape}, expected classes (n,), integers ≥ 0"
+        )
+    x = x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else dtype)
+    return x, y.astype(np.int64 if is_integer and loss != "mse" else dtype)
+
+
+def check_outputs(problem: Problem, shape: tuple[int, ...]) -> None:
+    """Whether a network's outputs on one minibatch have the shape that the loss needs.
+
+    Raises:
+        ValueError: they have not; or a class has no output.
+    """
+    _, members, batch = problem.x_rows.shape
+    if callable(problem.setting.loss):
+        return
+    expected = (members, batch, *problem.y.shape[1:]) if problem.setting.loss == "mse" else None
+    if tuple(shape) != (expected or (members, batch, *shape[2:3])) or len(shape) != 3:
+        raise ValueError(
+            f"the network's outputs have shape {tuple(shape)}, expected "
+            f"{expected or f'({members}, {batch}, classes)'}"
+        )
+    largest = max(problem.y.max(), problem.y_test.max())
+    if expected is None and largest >= shape[2]:
+        raise ValueError(f"y goes up to class {largest}, but the network has {shape[2]} outputs")
+
+
+def evaluated(n: int) -> np.ndarray:
+    """Rows of n examples in equal pieces, (pieces, `EVALUATED`), the first ones once more at the
+    end: one size is one graph.
+    """
+    pieces = -(-n // EVALUATED)
+    return (np.arange(pieces * EVALUATED) % n).reshape(pieces, EVALUATED)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -551,6 +783,8 @@ def _joined(results: Sequence[SweepResult]) -> SweepResult:
         parts = [getattr(result, name) for result in results]
         if name == "weights":
             return tuple(np.concatenate(layer) for layer in zip(*parts, strict=True))
+        if name == "noted":
+            return {}  # `train` notes nothing
         if parts[0] is None:
             return None
         return np.concatenate(parts, axis=min(1, parts[0].ndim - 1))  # members, after steps if any

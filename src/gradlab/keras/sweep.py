@@ -11,7 +11,16 @@ from tqdm import tqdm
 
 from gradlab.keras.models import ACTIVATIONS
 from gradlab.mlp import EPSILON
-from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
+from gradlab.sweep import (
+    Measured,
+    Problem,
+    Setting,
+    adds_input,
+    check_outputs,
+    evaluated,
+    fitter,
+    trainer,
+)
 from gradlab.updates import Functions, memory, move
 
 _NORMALIZED_AXIS = {"batch": 1, "layer": 2}
@@ -45,6 +54,11 @@ def _train(problem: Problem) -> Measured:
     shapes = tuple(array.shape for array in problem.weights)
     run, outputs_of = (_graph(function, setting, shapes) for function in (_steps, _outputs))
     size = -(-steps // _PIECES) if problem.progress else steps
+    names: list[str] = []
+    if setting.network is not None:
+        tried, _, notes = _forward(setting, w, tf.gather(x, problem.x_rows[0]), numbers)
+        check_outputs(problem, tried.shape)
+        names = sorted(notes)
     measured = []
     with tqdm(total=steps, unit="step", disable=not problem.progress) as bar:
         for start in range(0, steps, size):
@@ -56,10 +70,17 @@ def _train(problem: Problem) -> Measured:
             )
             measured.append([norm.numpy() for norm in norms])
             bar.update(len(by_step[0]))
-    loss, grad_norm, delta_norm, update_norm, weight_norm = (
+    loss, grad_norm, delta_norm, update_norm, weight_norm, array_norm, noted = (
         np.concatenate(pieces) for pieces in zip(*measured, strict=True)
     )
-    outputs = outputs_of(w, tf.constant(problem.x_test), numbers).numpy()
+
+    def evaluate(x: np.ndarray) -> np.ndarray:
+        if setting.network is None:
+            return outputs_of(w, tf.constant(x), numbers).numpy()
+        pieces = [outputs_of(w, tf.constant(x[rows]), numbers) for rows in evaluated(len(x))]
+        return np.concatenate(pieces, 1)[:, : len(x)]
+
+    outputs = evaluate(problem.x_test)
     alike = problem.x_test is problem.x
     return Measured(
         loss=loss,
@@ -67,9 +88,11 @@ def _train(problem: Problem) -> Measured:
         delta_norm=delta_norm if setting.record_layers else None,
         update_norm=update_norm if setting.record_updates else None,
         weight_norm=weight_norm if setting.record_updates else None,
+        array_norm=array_norm if setting.record_arrays else None,
+        noted={name: noted[..., number] for number, name in enumerate(names)},
         weights=[weight.numpy() for weight in w],
         outputs=outputs,
-        train_outputs=outputs if alike else outputs_of(w, tf.constant(problem.x), numbers).numpy(),
+        train_outputs=outputs if alike else evaluate(problem.x),
     )
 
 
@@ -85,37 +108,73 @@ def _graph(function: Callable, setting: Setting, shapes: tuple) -> Callable:
 def _steps(setting, w, kept, x, y, x_rows, y_rows, rates, draws, before, numbers):
     """Many steps as one graph, so that Python is left once and not once a step."""
     layers, steps = len(w), tf.shape(x_rows)[0]
-    losses = tf.TensorArray(x.dtype, steps)
-    grad_norms, delta_norms, update_norms, weight_norms = (
-        tf.TensorArray(tf.float64, steps) for _ in range(4)
+    losses, noted = (tf.TensorArray(w[0].dtype, steps) for _ in range(2))
+    grad_norms, delta_norms, update_norms, weight_norms, array_norms = (
+        tf.TensorArray(tf.float64, steps) for _ in range(5)
     )
+    loss = _LOSSES.get(setting.loss, setting.loss)
     for step in tf.range(steps):
         with tf.GradientTape() as tape:
             tape.watch(w)
-            z = [*_pre_activations(setting, w, tf.gather(x, x_rows[step]), numbers, draws[step])]
-            scaled = tf.cast(setting.output_scale, x.dtype) * z[-1]
-            loss_of_each = _LOSSES[setting.loss](scaled, tf.gather(y, y_rows[step]))  # (members,)
-        grads = tape.gradient(loss_of_each, [*w, *z] if setting.record_layers else [*w])
+            inputs = tf.gather(x, x_rows[step])
+            outputs, z, notes = _forward(setting, w, inputs, numbers, draws[step])
+            scaled = tf.cast(setting.output_scale, outputs.dtype) * outputs
+            loss_of_each = loss(scaled, tf.gather(y, y_rows[step]))  # (members,)
+        of = [*w, *z] if setting.record_layers else [*w]
+        zero = tf.UnconnectedGradients.ZERO
+        grads = tape.gradient(loss_of_each, of, unconnected_gradients=zero)
         norms = _norms(grads)  # (members, layers [+ layers])
         losses = losses.write(step, loss_of_each)
         grad_norms = grad_norms.write(step, tf.norm(norms[:, :layers], axis=-1))
         delta_norms = delta_norms.write(step, norms[:, layers:])
+        if setting.record_arrays:
+            array_norms = array_norms.write(step, norms[:, :layers])
+        if setting.network is not None:
+            noted = noted.write(step, _together(notes, loss_of_each))
         changes, kept = move(
-            setting.plan, numbers, rates[step], tf.cast(before + step + 1, x.dtype), w,
+            setting.plan, numbers, rates[step], tf.cast(before + step + 1, w[0].dtype), w,
             grads[:layers], kept, _FUNCTIONS,
         )  # fmt: skip
         if setting.record_updates:
             update_norms = update_norms.write(step, tf.norm(_norms(changes), axis=-1))
             weight_norms = weight_norms.write(step, tf.norm(_norms(w), axis=-1))
         w = tuple(weight + change for weight, change in zip(w, changes, strict=True))
-    norms = losses, grad_norms, delta_norms, update_norms, weight_norms
-    recorded = setting.record_updates
+    recorded = {
+        losses: True,
+        grad_norms: True,
+        delta_norms: True,
+        update_norms: setting.record_updates,
+        weight_norms: setting.record_updates,
+        array_norms: setting.record_arrays,
+        noted: setting.network is not None,
+    }
     return (
         w,
         kept,
-        *(n.stack() for n in norms[:3]),
-        *(n.stack() if recorded else tf.zeros((steps, 0), tf.float64) for n in norms[3:]),
+        *(n.stack() if is_on else tf.zeros((steps, 0), n.dtype) for n, is_on in recorded.items()),
     )
+
+
+def _together(notes: dict[str, tf.Tensor], loss_of_each: tf.Tensor) -> tf.Tensor:
+    """What a network noted, in the order of the names, (members, notes)."""
+    if not notes:
+        return tf.zeros((loss_of_each.shape[0], 0), loss_of_each.dtype)
+    return tf.stack([tf.cast(notes[name], loss_of_each.dtype) for name in sorted(notes)], -1)
+
+
+def _forward(
+    setting: Setting,
+    w: Sequence[tf.Tensor],
+    x: tf.Tensor,
+    numbers: dict[str, tf.Tensor],
+    draws: tf.Tensor | None = None,
+) -> tuple[tf.Tensor, Sequence[tf.Tensor], dict[str, tf.Tensor]]:
+    """A minibatch's outputs, every layer's own, and what the network noted."""
+    if setting.network is not None:
+        outputs, notes = setting.network(w, x, tf.reshape)
+        return outputs, (), notes
+    z = [*_pre_activations(setting, w, x, numbers, draws)]
+    return z[-1], z, {}
 
 
 def _pre_activations(
@@ -156,7 +215,9 @@ def _leaky_relu(z: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
 
 
 def _outputs(setting, w, x, numbers):
-    *_, outputs = _pre_activations(setting, w, x, numbers)
+    if setting.network is not None:
+        x = tf.broadcast_to(x, (w[0].shape[0], *x.shape))
+    outputs, _, _ = _forward(setting, w, x, numbers)
     return outputs
 
 
@@ -178,3 +239,4 @@ def _norms(stacks: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 train = trainer(_train, __name__)
+fit = fitter(_train, __name__)

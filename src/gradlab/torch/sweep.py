@@ -11,7 +11,16 @@ import torch
 from tqdm import tqdm
 
 from gradlab.mlp import EPSILON
-from gradlab.sweep import Measured, Problem, Setting, adds_input, trainer
+from gradlab.sweep import (
+    Measured,
+    Problem,
+    Setting,
+    adds_input,
+    check_outputs,
+    evaluated,
+    fitter,
+    trainer,
+)
 from gradlab.torch.models import ACTIVATIONS
 from gradlab.updates import Functions, memory, move
 
@@ -41,19 +50,26 @@ def _train(problem: Problem) -> Measured:
     numbers = {name: torch.from_numpy(array) for name, array in problem.numbers.items()}
     kept = memory(setting.plan, w, torch.zeros_like)
 
+    if setting.network is not None:
+        with torch.no_grad():
+            check_outputs(problem, _forward(setting, w, x[x_rows[0]], numbers)[0].shape)
     losses, grad_norms, delta_norms, update_norms, weight_norms = [], [], [], [], []
+    array_norms, noted = [], []
     by_step = problem.rates, problem.draws
     steps = zip(x_rows, y_rows, *map(torch.from_numpy, by_step), strict=True)
     bar = tqdm(steps, total=len(x_rows), unit="step", disable=not problem.progress)
     for number, (x_row, y_row, rate, draws) in enumerate(bar, 1):  # rows are (members, batch)
-        z = list(_pre_activations(setting, w, x[x_row], numbers, draws))
-        scaled = setting.output_scale * z[-1]
-        loss_of_each = _LOSSES[setting.loss](scaled, y[y_row])  # (members,)
-        grads = torch.autograd.grad(loss_of_each.sum(), [*w, *z] if setting.record_layers else w)
+        outputs, z, notes = _forward(setting, w, x[x_row], numbers, draws)
+        loss = _LOSSES.get(setting.loss, setting.loss)
+        loss_of_each = loss(setting.output_scale * outputs, y[y_row])  # (members,)
+        of = [*w, *z] if setting.record_layers else w
+        grads = torch.autograd.grad(loss_of_each.sum(), of, materialize_grads=True)
         norms = _norms(grads)  # (members, layers [+ layers])
         losses.append(loss_of_each.detach())
         grad_norms.append(torch.linalg.vector_norm(norms[:, :layers], dim=1))
         delta_norms.append(norms[:, layers:])
+        array_norms.append(norms[:, :layers])
+        noted.append({name: note.detach() for name, note in notes.items()})
         with torch.no_grad():
             changes, kept = move(
                 setting.plan, numbers, rate, float(number), w, grads[:layers], kept, _FUNCTIONS
@@ -69,16 +85,34 @@ def _train(problem: Problem) -> Measured:
 
     outputs = _outputs(setting, w, problem.x_test, numbers)
     alike = problem.x_test is problem.x
+    names = noted[0]
     return Measured(
         loss=torch.stack(losses).numpy(),
         grad_norm=torch.stack(grad_norms).numpy(),
         delta_norm=stacked(delta_norms, setting.record_layers),
         update_norm=stacked(update_norms, setting.record_updates),
         weight_norm=stacked(weight_norms, setting.record_updates),
+        array_norm=stacked(array_norms, setting.record_arrays),
+        noted={name: torch.stack([notes[name] for notes in noted]).numpy() for name in names},
         weights=[weight.detach().numpy() for weight in w],
         outputs=outputs,
         train_outputs=outputs if alike else _outputs(setting, w, problem.x, numbers),
     )
+
+
+def _forward(
+    setting: Setting,
+    w: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    numbers: dict[str, torch.Tensor],
+    draws: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Sequence[torch.Tensor], dict[str, torch.Tensor]]:
+    """A minibatch's outputs, every layer's own, and what the network noted."""
+    if setting.network is not None:
+        outputs, notes = setting.network(w, x, torch.reshape)
+        return outputs, (), notes
+    z = list(_pre_activations(setting, w, x, numbers, draws))
+    return z[-1], z, {}
 
 
 def _pre_activations(
@@ -121,6 +155,11 @@ def _leaky_relu(z: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
 def _outputs(
     setting: Setting, w: Sequence[torch.Tensor], x: np.ndarray, numbers: dict[str, torch.Tensor]
 ) -> np.ndarray:
+    if setting.network is not None:
+        inputs, members = torch.from_numpy(x), len(w[0])
+        pieces = (inputs[rows].expand(members, *inputs[rows].shape) for rows in evaluated(len(x)))
+        outputs = [_forward(setting, w, piece, numbers)[0] for piece in pieces]
+        return torch.cat(outputs, 1)[:, : len(x)].numpy()
     # Only the last is kept: all layers' would be the largest thing in memory.
     layers = _pre_activations(setting, w, torch.from_numpy(x), numbers)
     return deque(layers, maxlen=1).pop().numpy()
@@ -144,3 +183,4 @@ def _norms(stacks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 train = trainer(_train, __name__)
+fit = fitter(_train, __name__)
