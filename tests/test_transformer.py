@@ -9,7 +9,7 @@ import pytest
 
 from gradlab.transformer import TransformerSpec, initial_weights
 
-SPEC = TransformerSpec(tokens=5, features=3, classes=4, width=6, hidden=7, depth=3, heads=2)
+SPEC = TransformerSpec(tokens=5, features=3, classes=4, width=12, hidden=10, depth=2, heads=2)
 SPECS = [replace(SPEC, norm=n, qk_norm=q) for n in ("post", "pre", "deepnorm") for q in (0, 1)]
 
 
@@ -42,7 +42,7 @@ def in_torch(spec, weights, x, y, strength=0.01):
     loss = transformer.cross_entropy_z(strength)(logits, torch.tensor(y))
     gradients = torch.autograd.grad(loss.sum(), list(w.values()))
     stream, again = transformer.streams(spec, w, torch.tensor(x))
-    assert torch.equal(again, logits)
+    np.testing.assert_array_equal(again.detach(), logits.detach())
     results = {"logits": logits, "loss": loss, **noted, "stream": torch.stack(stream)}
     results |= {f"gradient of {n}": g for n, g in zip(w, gradients, strict=True)}
     return {name: a.detach().numpy() for name, a in results.items()}
@@ -193,7 +193,8 @@ def test_a_block_is_keras_attention_and_normalization():
         h = norms[0](h + attention(h, h))
         want = norms[1](h + ffn[1](ffn[0](h)))
         got = tf.reshape(after[member], want.shape)
-        np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=1e-12)
+        # Keras's constants are float32's, whatever the layer's precision.
+        np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=1e-7)
 
 
 def test_draws_are_shared_by_placements_depths_and_stacks():
@@ -201,7 +202,7 @@ def test_draws_are_shared_by_placements_depths_and_stacks():
     deep = initial_weights(replace(SPEC, depth=5), (9,))
     for name, a in post.items():
         np.testing.assert_array_equal(a, pre[name])
-        shorter = deep[name][0][:3] if a.ndim > 3 or name == "scale" else deep[name][0]
+        shorter = deep[name][0][:2] if a.ndim > 3 or name == "scale" else deep[name][0]
         np.testing.assert_array_equal(a[1], shorter)
 
 
@@ -234,7 +235,7 @@ def test_query_scale_multiplies_the_logits_by_its_square():
     [
         ({"depth": 0}, "depth must be an integer of at least 1, got 0"),
         ({"norm": "both"}, "norm must be one of"),
-        ({"heads": 4}, "heads must divide the width, got 4 heads and a width of 6"),
+        ({"heads": 5}, "heads must divide the width, got 5 heads and a width of 12"),
     ],
 )
 def test_says_what_is_wrong_with_a_spec(change, message):
