@@ -23,8 +23,8 @@ def network(spec: TransformerSpec) -> Callable:
     Returns:
         A function of weights, as `gradlab.transformer.initial_weights` names them, and x (members,
         batch, tokens, features).  It returns the logits (members, batch, classes), and what it
-        noted: "attention_logit" and "output_logit", the largest absolute logit of each kind in the
-        batch, (members,).
+        noted, the largest size in the batch, (members,): "attention_logit", "output_logit" and
+        "log_z", the logarithm of the softmax's denominator.
     """
 
     def outputs(weights: Mapping[str, tf.Tensor], x: tf.Tensor):
@@ -32,6 +32,7 @@ def network(spec: TransformerSpec) -> Callable:
         noted = {
             "attention_logit": tf.reduce_max(tf.stack(largest), 0),
             "output_logit": tf.reduce_max(tf.abs(tf.stop_gradient(logits)), (1, 2)),
+            "log_z": tf.reduce_max(tf.abs(tf.reduce_logsumexp(tf.stop_gradient(logits), -1)), 1),
         }
         return logits, noted
 

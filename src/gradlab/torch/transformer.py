@@ -24,8 +24,8 @@ def network(spec: TransformerSpec) -> Callable:
     Returns:
         A function of weights, as `gradlab.transformer.initial_weights` names them, and x (members,
         batch, tokens, features).  It returns the logits (members, batch, classes), and what it
-        noted: "attention_logit" and "output_logit", the largest absolute logit of each kind in the
-        batch, (members,).
+        noted, the largest size in the batch, (members,): "attention_logit", "output_logit" and
+        "log_z", the logarithm of the softmax's denominator.
     """
 
     def outputs(weights: Mapping[str, torch.Tensor], x: torch.Tensor):
@@ -33,6 +33,7 @@ def network(spec: TransformerSpec) -> Callable:
         noted = {
             "attention_logit": torch.stack(largest).amax(0),
             "output_logit": logits.detach().abs().amax((1, 2)),
+            "log_z": torch.logsumexp(logits.detach(), -1).abs().amax(1),
         }
         return logits, noted
 
