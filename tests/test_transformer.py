@@ -92,8 +92,7 @@ def test_gradients_are_finite_differences(spec, run):
 
     want = (loss(1e-6) - loss(-1e-6)) / 2e-6
     slope = sum(
-        (measured[f"gradient of {name}"] * d).reshape(2, -1).sum(1)
-        for name, d in direction.items()
+        (measured[f"gradient of {name}"] * d).reshape(2, -1).sum(1) for name, d in direction.items()
     )
     np.testing.assert_allclose(slope, want, rtol=1e-6, atol=1e-7)
 
@@ -116,7 +115,9 @@ def test_members_do_not_meet(spec, run):
 
 def one_block(spec, member):
     """A block's matrices of one member."""
-    return {name: a[member, 0] for name, a in jittered(spec).items() if a.ndim > 3 or name == "scale"}
+    return {
+        name: a[member, 0] for name, a in jittered(spec).items() if a.ndim > 3 or name == "scale"
+    }
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])

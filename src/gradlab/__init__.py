@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _MODULES = frozenset(
     {"backprop", "claims", "clip", "data", "diagnosis", "history", "keras", "lanczos", "lbfgs"}
     | {"measurements", "mlp", "notebook", "plot", "remedies", "sweep", "theory", "torch", "updates"}
+    | {"transformer"}
 )
 
 

@@ -114,7 +114,7 @@ def _attention(spec, block, x, tokens, largest):
             F.layer_norm(a, a.shape[-1:], eps=EPSILON) * s
             for a, s in zip((query, key), scales, strict=True)
         )
-    # Transposed, (members, batch, heads, keys, queries): softmax is four times as fast over columns.
+    # (members, batch, heads, keys, queries): softmax is four times as fast over columns.
     logits = key @ (query / each**0.5).transpose(-1, -2)
     largest.append(logits.detach().abs().flatten(1).amax(1))
     mixed = torch.softmax(logits, -2).transpose(-1, -2) @ value
