@@ -63,12 +63,12 @@ class TransformerSpec:
 
     @property
     def alpha(self) -> float:
-        """The factor on the skip connection: (2L)^¼ in DeepNorm, else 1."""
+        """What multiplies the skip connection, (2L)^¼ in DeepNorm and else 1."""
         return (2 * self.depth) ** 0.25 if self.norm == "deepnorm" else 1.0
 
     @property
     def beta(self) -> float:
-        """The factor on some initial weights: (8L)^-¼ in DeepNorm, else 1."""
+        """What multiplies some initial weights, (8L)^-¼ in DeepNorm and else 1."""
         return (8 * self.depth) ** -0.25 if self.norm == "deepnorm" else 1.0
 
 
