@@ -71,7 +71,7 @@ REMEDIES = {
         "The same weights act at every time step: initialise them orthogonally or with a smaller "
         "spectral radius, use a gated cell (LSTM, GRU), clip the gradient's norm, or truncate "
         "backpropagation.",
-        "What explodes?",
+        "What cures a recurrent network?",
     ),
     "one layer": Remedy(
         "One layer alone multiplies the signal. Look at its weights: their scale is not that of "
