@@ -10,8 +10,31 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = frozenset(
-    "backprop claims clip data diagnosis forecast history keras lanczos lbfgs measurements mlp "
-    "notebook plot recurrent remedies residual resnet sweep theory torch transformer updates".split()
+    [
+        "backprop",
+        "claims",
+        "clip",
+        "data",
+        "diagnosis",
+        "forecast",
+        "history",
+        "keras",
+        "lanczos",
+        "lbfgs",
+        "measurements",
+        "mlp",
+        "notebook",
+        "plot",
+        "recurrent",
+        "remedies",
+        "residual",
+        "resnet",
+        "sweep",
+        "theory",
+        "torch",
+        "transformer",
+        "updates",
+    ]
 )
 
 

@@ -30,6 +30,8 @@ LOSSES = ("cross_entropy", "mse")
 NORMALIZATIONS = (None, "batch", "layer")
 EVALUATED = 256
 """How many examples `fit` evaluates at a time: what a batch normalisation sees."""
+LARGEST = 2**20
+"""How many numbers a layer of a share of the members may have in an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,16 @@ class Measured(NamedTuple):
     weights: Sequence[np.ndarray]
     outputs: np.ndarray  # of the trained members on the test set, (members, n_test, outputs)
     train_outputs: np.ndarray  # on the training set
+
+
+def shares(weights: Sequence[np.ndarray], examples: int) -> list[slice]:
+    """Equal shares of the members of `train`, to be evaluated one after another: all at once would
+    be the largest thing in memory.
+    """
+    members, widest = len(weights[0]), max(w.shape[2] for w in weights)
+    fits = max(1, LARGEST // (examples * widest))
+    size = max(size for size in range(1, members + 1) if members % size == 0 and size <= fits)
+    return [slice(start, start + size) for start in range(0, members, size)]
 
 
 class Train(Protocol):

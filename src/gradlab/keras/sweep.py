@@ -19,6 +19,7 @@ from gradlab.sweep import (
     check_outputs,
     evaluated,
     fitter,
+    shares,
     trainer,
 )
 from gradlab.updates import Functions, memory, move
@@ -74,9 +75,14 @@ def _train(problem: Problem) -> Measured:
         np.concatenate(pieces) for pieces in zip(*measured, strict=True)
     )
 
+    def of_share(x: np.ndarray, share: slice) -> tf.Tensor:
+        own = {name: number[share] for name, number in numbers.items()}
+        inputs = tf.constant(x if x.ndim == 2 else x[share])
+        return outputs_of(tuple(weight[share] for weight in w), inputs, own)
+
     def evaluate(x: np.ndarray) -> np.ndarray:
         if setting.network is None:
-            return outputs_of(w, tf.constant(x), numbers).numpy()
+            return np.concatenate([of_share(x, share) for share in shares(w, x.shape[-2])])
         pieces = [outputs_of(w, tf.constant(x[rows]), numbers) for rows in evaluated(len(x))]
         return np.concatenate(pieces, 1)[:, : len(x)]
 
@@ -96,7 +102,7 @@ def _train(problem: Problem) -> Measured:
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _graph(function: Callable, setting: Setting, shapes: tuple) -> Callable:
     """A function of this module as a graph, for one setting and one stack of networks.
 

@@ -19,6 +19,7 @@ from gradlab.sweep import (
     check_outputs,
     evaluated,
     fitter,
+    shares,
     trainer,
 )
 from gradlab.torch.models import ACTIVATIONS
@@ -160,9 +161,13 @@ def _outputs(
         pieces = (inputs[rows].expand(members, *inputs[rows].shape) for rows in evaluated(len(x)))
         outputs = [_forward(setting, w, piece, numbers)[0] for piece in pieces]
         return torch.cat(outputs, 1)[:, : len(x)].numpy()
-    # Only the last is kept: all layers' would be the largest thing in memory.
-    layers = _pre_activations(setting, w, torch.from_numpy(x), numbers)
-    return deque(layers, maxlen=1).pop().numpy()
+    outputs = []
+    for share in shares(w, x.shape[-2]):
+        inputs = torch.from_numpy(x if x.ndim == 2 else x[share])
+        own = {name: number[share] for name, number in numbers.items()}
+        layers = _pre_activations(setting, [weight[share] for weight in w], inputs, own)
+        outputs.append(deque(layers, maxlen=1).pop())  # only the last layer's are kept
+    return torch.cat(outputs).numpy()
 
 
 def _cross_entropy(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
