@@ -94,7 +94,8 @@ def test_scaled_values_have_mean_0_and_deviation_1_over_the_training_days(kind):
         ({"shares": (0.9, 0.1)}, "without a target"),
         ({"shares": (0.05, 0.1)}, "without a target"),
         ({"length": 210}, "without a target"),
-        ({"fit_days": 301}, "between 3 and 300"),
+        ({"fit_days": 301}, "between 2 and 300"),
+        ({"kind": "returns", "fit_days": 2}, "between 3 and 300"),
     ],
 )
 def test_prepare_says_what_does_not_fit(change, message):

@@ -150,7 +150,9 @@ def prepare(
         )
     fit_days = ends[0] if fit_days is None else fit_days
     if not first + 2 <= fit_days <= len(prices):
-        raise ValueError(f"fit_days must be between 3 and {len(prices)}, got {fit_days!r}")
+        raise ValueError(
+            f"fit_days must be between {first + 2} and {len(prices)}, got {fit_days!r}"
+        )
     values = np.diff(np.log(prices)) if kind == "returns" else prices
     shift, scale = 0.0, 1.0
     if kind != "raw":
@@ -236,7 +238,8 @@ class Fit:
         """Forecasts in dollars, by the evaluation with the smallest RMSE on the validation days.
 
         Returns:
-            (windows,), NaN for the windows that train.
+            (windows,), NaN for the windows that train.  Evaluations that are not finite are passed
+            over; if all are, it is the first.
         """
         dollars, days = task.dollars(self.outputs), task.validation
         error = rmse(dollars[:, days], task.actual[days])

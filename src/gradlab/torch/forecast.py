@@ -59,7 +59,7 @@ def fit(
     starts: Iterable[Sequence[np.ndarray]],
     method: str,
     *,
-    evaluations: int = 80,
+    evaluations: int = 70,
     lr: float = 0.1,
 ) -> list[Fit]:
     """Train a network from every start, on all training windows at once.
