@@ -11,6 +11,7 @@ import pytest
 from gradlab.residual import (
     ResidualSpec,
     alike,
+    check_alike,
     initial_weights,
     predicted_growth,
     stacked_weights,
@@ -148,8 +149,23 @@ def test_prediction_s_closed_forms():
     assert growth(skip=0.0, gain=1.0) == pytest.approx(2**-25)
     assert growth(normalization="layer") == pytest.approx(51**0.5)  # telescopes: (q₀ + n)/q₀
     assert growth(matrices=2) == pytest.approx(2**12.5)
+    rotation = {"skip": 0.0, "initialization": "looks_linear"}
+    assert growth(**rotation) == 1
+    assert growth(scale=0.5, **rotation) == pytest.approx(2**-50)
     plain = growth(skip=0.0, normalization="batch")
     assert plain == pytest.approx((np.pi / (np.pi - 1)) ** 25, rel=1e-9)
+
+
+def test_groups_are_alike_and_no_larger_than_asked_for():
+    specs = variants(6)
+    assert list(map(len, alike(specs))) == [6, 3, 1, 1]
+    limited = alike(specs, most=4)
+    assert list(map(len, limited)) == [4, 2, 3, 1, 1]
+    assert sorted(name for group in limited for name in group) == sorted(specs)
+    for group in limited:
+        check_alike([specs[name] for name in group])
+    with pytest.raises(ValueError, match="at least 1"):
+        alike(specs, most=0)
 
 
 def test_looks_linear_computes_a_rotation():
@@ -189,5 +205,16 @@ def test_a_wrong_specification_says_what_is_wrong(settings, message):
 def test_a_stack_needs_equal_shapes():
     with pytest.raises(ValueError, match="same depth"):
         stacked_weights([ResidualSpec(5, 3, depth=2), ResidualSpec(5, 3, depth=4)], (0, 1))
+    with pytest.raises(ValueError, match="1 specifications need as many seeds, got 2"):
+        stacked_weights([ResidualSpec(5, 3)], (0, 1))
+
+
+def test_no_prediction_where_there_is_no_formula():
     with pytest.raises(ValueError, match="two matrices"):
         predicted_growth(ResidualSpec(5, 3, matrices=2, normalization="layer"))
+    with pytest.raises(ValueError, match="batch norm"):
+        predicted_growth(
+            ResidualSpec(
+                5, 3, skip=0.0, width=4, normalization="batch", initialization="looks_linear"
+            )
+        )

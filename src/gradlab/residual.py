@@ -122,7 +122,8 @@ def stacked_weights(
     """Initial weights of several networks, one per specification and seed, for `sweep.fit`.
 
     Args:
-        specs, seeds: one each per member.
+        specs: one per member.
+        seeds: as many; members with equal seeds and settings start at equal weights.
         dtype: "float32" or "float64".
 
     Returns:
@@ -132,6 +133,9 @@ def stacked_weights(
         ValueError: see `check_alike`; or not as many seeds as specifications.
     """
     check_alike(specs)
+    seeds = list(seeds)
+    if len(seeds) != len(specs):
+        raise ValueError(f"{len(specs)} specifications need as many seeds, got {len(seeds)}")
     members = [initial_weights(*pair) for pair in zip(specs, seeds, strict=True)]
     stacks = {name: np.stack([w[name] for w in members]) for name in members[0]}
     return {name: stack.astype(dtype, copy=False) for name, stack in stacks.items()}
@@ -167,16 +171,19 @@ def predicted_growth(
         The ratio of the norms; its square is a mean over initial weights (and over samples).
 
     Raises:
-        ValueError: normalised branches of two matrices, for which no formula is here.
+        ValueError: a normalised branch that has two matrices or looks linear at first, for which no
+            formula is here.
 
     Example:
         >>> predicted_growth(ResidualSpec(64, 10, depth=20))
         1024.0
     """
-    if spec.initialization == "looks_linear":
-        return 1.0
     power = spec.gain**2 / 2  # what a matrix and a ReLU leave of a mean square, either way
     strength = (spec.scale * (1.0 if spec.factor is None else spec.factor)) ** 2
+    if spec.initialization == "looks_linear":
+        if spec.normalization:
+            raise ValueError(f"no prediction for 'looks_linear' with {spec.normalization} norm")
+        return float(strength ** (spec.blocks / 2))  # a rotation, times a number
     if spec.normalization is None:
         through = 0.0 if spec.initialization == "fixup" else strength * power**spec.matrices
         return float((spec.skip**2 + through) ** (spec.blocks / 2))
@@ -221,9 +228,24 @@ def variants(depth: int, *, features: int = 64, classes: int = 10, width: int = 
     }
 
 
-def alike(specs: Mapping[str, ResidualSpec]) -> list[list[str]]:
-    """The names, grouped so that each group can share one stack of arrays and one graph."""
+def alike(specs: Mapping[str, ResidualSpec], most: int | None = None) -> list[list[str]]:
+    """The names, grouped so that each group can share one stack of arrays and one graph.
+
+    Args:
+        specs: what to group, by name.
+        most: names in a group; None for no limit.  Smaller groups train in less memory and take
+            somewhat longer.
+
+    Returns:
+        Groups of names; every name is in one of them.
+
+    Raises:
+        ValueError: `most` is less than 1.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"most must be at least 1 or None, got {most!r}")
     groups: dict[tuple, list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault(tuple(getattr(spec, field) for field in _SHARED), []).append(name)
-    return list(groups.values())
+    size = most or max(len(specs), 1)
+    return [g[first : first + size] for g in groups.values() for first in range(0, len(g), size)]
