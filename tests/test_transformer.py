@@ -221,6 +221,33 @@ def test_deepnorm_scales_what_its_authors_scale():
         np.testing.assert_allclose(scaled[name], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("run", [in_torch, in_tensorflow])
+def test_deepnorm_is_post_ln_with_branches_divided_by_alpha(run):
+    deep = replace(SPEC, norm="deepnorm", depth=8)
+    weights, (x, y) = jittered(deep), task(deep)
+    divided = weights | {name: weights[name] / deep.alpha for name in ("out", "down")}
+    post = replace(deep, norm="post")
+    want, other = (run(post, w, x, y)["stream"] for w in (divided, weights))
+    got = run(deep, weights, x, y)["stream"]
+    # N(αx + f) = N(x + f/α), but for the epsilon under the root
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)
+    assert np.abs(got - other).max() > 0.1
+
+
+@pytest.mark.parametrize("run", [in_torch, in_tensorflow])
+def test_qk_norm_bounds_the_attention_logits(run):
+    x, y = task(SPEC)
+    bound = (SPEC.width / SPEC.heads) ** 0.5
+    largest = {}
+    for qk_norm in (False, True):
+        spec = replace(SPEC, qk_norm=qk_norm)
+        weights = initial_weights(spec, (0, 1), query_scale=100, dtype="float64")
+        largest[qk_norm] = run(spec, weights, x, y)["attention_logit"]
+    assert (largest[False] > 100 * bound).all()
+    assert (largest[True] > 0.5 * bound).all()
+    assert (largest[True] <= bound).all()
+
+
 def test_query_scale_multiplies_the_logits_by_its_square():
     x, y = task(SPEC)
     spec = replace(SPEC, depth=1)

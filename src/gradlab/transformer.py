@@ -32,7 +32,7 @@ class TransformerSpec:
         heads: attention heads; they divide the width.
         norm: "post", N(x + f(x)); "pre", x + f(N(x)) and a last N before the output layer; or
             "deepnorm", N(αx + f(x)) with values, attention output and FFN scaled by β at the start
-            (Wang et al. 2022, encoder only).
+            (Wang et al. 2022; α and β as implementations set them for an encoder alone).
         qk_norm: whether queries and keys are normalised within each head (Dehghani et al. 2023).
 
     Raises:
@@ -98,6 +98,9 @@ def initial_weights(
         width, width), "up" (…, width, hidden), "down" (…, hidden, width), "scale" (members, depth,
         2, width), with `qk_norm` "qk_scale" (members, depth, 2, width / heads); "last_scale"
         (members, width) for "pre"; and "output" (members, width, classes).
+
+    Raises:
+        ValueError: `seeds` is empty.
     """
     d, members = spec.width, []
     for seed in seeds:

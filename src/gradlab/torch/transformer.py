@@ -58,7 +58,12 @@ def streams(
 
 
 def cross_entropy_z(strength: float = 1e-4) -> Callable:
-    """Cross-entropy plus `strength` · (log Z)², Z the sum of the exponentials (PaLM's z-loss).
+    """Cross-entropy plus `strength` · (log Z)², Z the sum of the exponentials.
+
+    The z-loss of PaLM (Chowdhery et al. 2023).
+
+    Args:
+        strength: of the second term; 0 leaves plain cross-entropy.
 
     Returns:
         A function of logits (members, batch, classes) and classes (members, batch) that returns
