@@ -58,12 +58,18 @@ def test_both_frameworks_give_the_same_outputs_and_gradients(cell, truncate, x):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_members_do_not_mix(cell, x):
+@pytest.mark.parametrize("side", [tr, kr])
+def test_members_do_not_mix(cell, side, x):
+    stack, given = (tensors, torch.tensor(x)) if side is tr else (constants, tf.constant(x))
+
+    def outputs(arrays):
+        out = side.network(cell)(stack(arrays), given)
+        return out.detach().numpy() if side is tr else out.numpy()
+
     arrays = weights(cell)
-    both = tr.network(cell)(tensors(arrays), torch.tensor(x)).detach().numpy()
-    arrays = {name: a.copy() for name, a in arrays.items()}
+    both = outputs(arrays)
     arrays["recurrent"][0] = np.nan
-    again = tr.network(cell)(tensors(arrays), torch.tensor(x)).detach().numpy()
+    again = outputs(arrays)
     assert np.isnan(again[0]).all()
     np.testing.assert_array_equal(again[1], both[1])
 
@@ -80,12 +86,12 @@ def torch_layer(cell, arrays):
     return layer
 
 
-def keras_layer(cell, arrays):
+def keras_layer(cell, arrays, dtype="float64"):
     def swapped(a):  # Keras's GRU has the update gate first
         parts = np.split(a, 3, -1)
         return np.concatenate([parts[1], parts[0], parts[2]], -1)
 
-    common = {"dtype": "float64", "return_sequences": True}
+    common = {"dtype": dtype, "return_sequences": True}
     names = [arrays[n][0] for n in ("input", "recurrent", "bias")]
     if cell == "gru":
         layer = keras.layers.GRU(WIDTH, **common)
@@ -129,21 +135,26 @@ def test_backward_through_time_is_the_frameworks_gradient(cell, x):
 
 
 @pytest.mark.parametrize("cell", ["tanh", "relu"])
-def test_backward_through_time_is_the_gradient_of_the_frameworks_own_layers(cell, x):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_backward_through_time_is_the_gradient_of_the_frameworks_own_layers(
+    cell, dtype, tolerance, x
+):
+    """To `tolerance` of each gradient's length; ours is in float64 throughout."""
     arrays = weights(cell)
     error = np.random.default_rng(2).normal(size=(MEMBERS, BATCH, WIDTH))
     gradients, _ = recurrent.backward_through_time(arrays, x, error, cell)
-    layer = torch_layer(cell, arrays)
-    (layer(torch.tensor(x[0]))[0][:, -1] * torch.tensor(error[0])).sum().backward()
-    own = (layer.weight_ih_l0.grad.T, layer.weight_hh_l0.grad.T, layer.bias_ih_l0.grad)
-    for name, gradient in zip(("input", "recurrent", "bias"), own, strict=True):
-        np.testing.assert_allclose(gradients[name][0], gradient, rtol=1e-9, atol=1e-11)
-    layer = keras_layer(cell, arrays)
+    layer = torch_layer(cell, arrays).to(getattr(torch, dtype))
+    last = layer(torch.tensor(x[0].astype(dtype)))[0][:, -1]
+    (last * torch.tensor(error[0].astype(dtype))).sum().backward()
+    of_torch = (layer.weight_ih_l0.grad.T, layer.weight_hh_l0.grad.T, layer.bias_ih_l0.grad)
+    layer = keras_layer(cell, arrays, dtype)
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(layer(x[0])[:, -1] * error[0])
-    own = tape.gradient(loss, layer.trainable_variables)
-    for name, gradient in zip(("input", "recurrent", "bias"), own, strict=True):
-        np.testing.assert_allclose(gradients[name][0], gradient, rtol=1e-9, atol=1e-11)
+        loss = tf.reduce_sum(layer(x[0].astype(dtype))[:, -1] * error[0].astype(dtype))
+    of_keras = tape.gradient(loss, layer.trainable_variables)
+    for own in (of_torch, of_keras):
+        for name, theirs in zip(("input", "recurrent", "bias"), own, strict=True):
+            ours = gradients[name][0]
+            assert np.linalg.norm(theirs.numpy() - ours) < tolerance * np.linalg.norm(ours)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -212,6 +223,10 @@ def test_growth_per_step_of_a_wide_network():
         (lambda: recurrent.initial_weights("gru", 1, 2, 3, [0], forget_bias=1.0), "forget gate"),
         (lambda: tr.network("elman"), "cell must be"),
         (lambda: kr.network("elman"), "cell must be"),
+        (lambda: tr.error_norms("elman", {}, None, None), "cell must be"),
+        (lambda: kr.error_norms("elman", {}, None, None), "cell must be"),
+        (lambda: tr.states("elman", {}, None), "cell must be"),
+        (lambda: kr.states("elman", {}, None), "cell must be"),
         (lambda: tr.network("tanh", truncate=0), "at least 1"),
         (lambda: kr.network("tanh", truncate=0), "at least 1"),
     ],

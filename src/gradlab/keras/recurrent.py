@@ -49,7 +49,6 @@ def states(
     weights: Weights,
     x: tf.Tensor,
     state: tf.Tensor | None = None,
-    nudges: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """The state after every step.
 
@@ -58,19 +57,19 @@ def states(
         weights: see `gradlab.recurrent`.
         x: inputs, (members, batch, steps, inputs).
         state: what to start from; None: zeros.
-        nudges: added to the states, (steps, members, batch, state); the loss's derivatives with
-            respect to them are those with respect to the states.  None: nothing.
 
     Returns:
         (steps, members, batch, state).  The state is h; an LSTM's is h and, beside it, the cell's
         memory.
+
+    Raises:
+        ValueError: an unknown cell.
     """
+    _check(cell)
     step, u = _STEPS[cell], weights["recurrent"]
     elements = _from_input(weights, x)
     state = _start(cell, weights, x) if state is None else state
-    if nudges is None:
-        return tf.scan(lambda s, a: step(a, s, u), elements, state)
-    return tf.scan(lambda s, e: step(e[0], s, u) + e[1], (elements, nudges), state)
+    return tf.scan(lambda s, a: step(a, s, u), elements, state)
 
 
 def error_norms(
@@ -83,20 +82,34 @@ def error_norms(
         error: the derivative with respect to the last h, (members, batch, width).
 
     Returns:
-        float64 array (steps, members); its last row is the norm of `error`.
+        float64 array (steps, members): the norm over the whole batch; an LSTM's counts the memory's
+        half as well.  The last row is the norm of `error`.
+
+    Raises:
+        ValueError: an unknown cell.
     """
+    _check(cell)
     w, x, error = {k: tf.constant(a) for k, a in weights.items()}, *map(tf.constant, (x, error))
-    width = error.shape[-1] * (2 if cell == "lstm" else 1)
-    nudges = tf.zeros((x.shape[2], *x.shape[:2], width), x.dtype)
-    with tf.GradientTape() as tape:
-        tape.watch(nudges)
-        last = states(cell, w, x, nudges=nudges)[-1][..., : error.shape[-1]]
-        loss = tf.reduce_sum(last * error)
-    gradient = tape.gradient(loss, nudges)
-    return np.linalg.norm(gradient.numpy().astype(float).reshape(*gradient.shape[:2], -1), axis=2)
+    step, elements = _STEPS[cell], _from_input(w, x)
+    before = tf.concat([_start(cell, w, x)[None], states(cell, w, x)[:-1]], 0)
+    if cell == "lstm":  # nothing is asked of the last memory
+        error = tf.concat([error, tf.zeros_like(error)], -1)
+
+    @tf.function  # one step back at a time: a tape over all of them would keep every number
+    def back(a: tf.Tensor, state: tf.Tensor, error: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            tape.watch(state)
+            after = step(a, state, w["recurrent"])
+        return tape.gradient(after, state, error)
+
+    norms = []
+    for t in reversed(range(x.shape[2])):
+        norms.append(np.linalg.norm(error.numpy().astype(float).reshape(len(error), -1), axis=1))
+        error = back(elements[t], before[t], error) if t else error
+    return np.stack(norms[::-1])
 
 
-def _check(cell: str, truncate: int | None) -> None:
+def _check(cell: str, truncate: int | None = None) -> None:
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {tuple(CELLS)}, got {cell!r}")
     if truncate is not None and truncate < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -35,10 +35,10 @@ def network(cell: str, *, truncate: int | None = None) -> Callable[[Weights, tor
         if truncate is not None and truncate < x.shape[2]:
             cut = x.shape[2] - truncate
             with torch.no_grad():
-                state = states(cell, weights, x[:, :, :cut])[-1]
-            state = states(cell, weights, x[:, :, cut:], state)[-1]
+                state = _last(cell, weights, x[:, :, :cut])
+            state = _last(cell, weights, x[:, :, cut:], state)
         else:
-            state = states(cell, weights, x)[-1]
+            state = _last(cell, weights, x)
         h = state[..., : weights["readout"].shape[1]]  # an LSTM's state has a second half
         return h @ weights["readout"] + weights["readout_bias"][:, None]
 
@@ -50,7 +50,6 @@ def states(
     weights: Weights,
     x: torch.Tensor,
     state: torch.Tensor | None = None,
-    nudges: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """The state after every step.
 
@@ -59,26 +58,16 @@ def states(
         weights: see `gradlab.recurrent`.
         x: inputs, (members, batch, steps, inputs).
         state: what to start from; None: zeros.
-        nudges: added to the states, (steps, members, batch, state); the loss's derivatives with
-            respect to them are those with respect to the states.  None: nothing.
 
     Returns:
         A list of (members, batch, state), one per step.  The state is h; an LSTM's is h and, beside
         it, the cell's memory.
+
+    Raises:
+        ValueError: an unknown cell.
     """
-    step = _STEPS[cell]
-    u = weights["recurrent"]
-    batch, width = x.shape[:2], u.shape[1]
-    from_input = x @ weights["input"][:, None] + weights["bias"][:, None, None]
-    if state is None:
-        state = x.new_zeros((*batch, 2 * width if cell == "lstm" else width))
-    seen = []
-    for t, a in enumerate(from_input.unbind(2)):
-        state = step(a, state, u)
-        if nudges is not None:
-            state = state + nudges[t]
-        seen.append(state)
-    return seen
+    _check(cell)
+    return list(_walk(cell, weights, x, state))
 
 
 def error_norms(
@@ -91,21 +80,51 @@ def error_norms(
         error: the derivative with respect to the last h, (members, batch, width).
 
     Returns:
-        float64 array (steps, members); its last row is the norm of `error`.
+        float64 array (steps, members): the norm over the whole batch; an LSTM's counts the memory's
+        half as well.  The last row is the norm of `error`.
+
+    Raises:
+        ValueError: an unknown cell.
     """
+    _check(cell)
     w, x, error = {k: torch.tensor(a) for k, a in weights.items()}, *map(torch.tensor, (x, error))
-    width = error.shape[-1] * (2 if cell == "lstm" else 1)
-    nudges = x.new_zeros((x.shape[2], *x.shape[:2], width), requires_grad=True)
-    last = states(cell, w, x, nudges=nudges)[-1][..., : error.shape[-1]]
-    (gradient,) = torch.autograd.grad((last * error).sum(), nudges)
-    return torch.linalg.vector_norm(gradient, dim=(2, 3), dtype=torch.float64).numpy()
+    seen = states(cell, w, x, _start(cell, w, x).requires_grad_())
+    last = seen[-1][..., : error.shape[-1]]
+    gradients = torch.autograd.grad((last * error).sum(), seen)
+    norms = [torch.linalg.vector_norm(g, dim=(1, 2), dtype=torch.float64) for g in gradients]
+    return torch.stack(norms).numpy()
 
 
-def _check(cell: str, truncate: int | None) -> None:
+def _check(cell: str, truncate: int | None = None) -> None:
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {tuple(CELLS)}, got {cell!r}")
     if truncate is not None and truncate < 1:
         raise ValueError(f"truncate must be at least 1, got {truncate!r}")
+
+
+def _start(cell: str, weights: Weights, x: torch.Tensor) -> torch.Tensor:
+    width = weights["recurrent"].shape[1] * (2 if cell == "lstm" else 1)
+    return x.new_zeros((*x.shape[:2], width))
+
+
+def _walk(
+    cell: str, weights: Weights, x: torch.Tensor, state: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
+    """One state after the other."""
+    step, u, bias = _STEPS[cell], weights["recurrent"], weights["bias"][:, None]
+    state = _start(cell, weights, x) if state is None else state
+    for now in x.unbind(2):
+        state = step(now @ weights["input"] + bias, state, u)
+        yield state
+
+
+def _last(
+    cell: str, weights: Weights, x: torch.Tensor, state: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The last state alone: without a gradient, no other is kept in memory."""
+    for state in _walk(cell, weights, x, state):  # noqa: B007, B020 (the last one counts)
+        pass
+    return state
 
 
 def _plain(phi: Callable) -> Callable:
