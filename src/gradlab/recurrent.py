@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from gradlab import theory
+from gradlab.mlp import orthogonal
 
 __all__ = [
     "CELLS",
@@ -62,11 +63,12 @@ def matrices(kind: str, width: int, seeds: Iterable[int], scale: float = 1.0) ->
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     drawn = []
     for seed in seeds:
-        gaussian = np.random.default_rng([seed, 10]).normal(size=(width, width))
+        rng = np.random.default_rng([seed, 10])
         if kind == "orthogonal":
-            q, r = np.linalg.qr(gaussian)
-            drawn.append(scale * q * np.sign(np.diag(r)))  # the signs make the draw uniform
-        elif kind == "gaussian":
+            drawn.append(scale * orthogonal(width, width, rng))
+            continue
+        gaussian = rng.normal(size=(width, width))
+        if kind == "gaussian":
             drawn.append(scale * gaussian / np.sqrt(width))
         elif kind == "identity":
             drawn.append(scale * np.eye(width))
