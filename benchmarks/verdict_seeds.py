@@ -1,7 +1,7 @@
 """Do the verdicts stand when the base seed changes?  Executes the notebooks under other seeds.
 
     .venv/bin/python benchmarks/verdict_seeds.py            # seeds 1 to 5, every notebook
-    .venv/bin/python benchmarks/verdict_seeds.py -s 6 7 02  # seeds 6 and 7, notebooks named *02*
+    .venv/bin/python benchmarks/verdict_seeds.py 02 -s 6 7  # seeds 6 and 7, notebooks named *02*
 
 Prints one row per claim and one column per seed; seed 0 is the book's own.  Nothing is written to
 the build.  The exit status is 1 when a verdict differs from seed 0's or an experiment does not
