@@ -79,6 +79,12 @@ def test_a_return_of_zero_is_persistence():
     np.testing.assert_allclose(task.dollars(zero), task.persistence, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", forecast.KINDS)
+def test_unchanged_is_what_a_model_says_for_persistence(kind):
+    task = forecast.prepare(PRICES, kind)
+    np.testing.assert_allclose(task.dollars(task.unchanged), task.persistence, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["standard", "returns"])
 def test_scaled_values_have_mean_0_and_deviation_1_over_the_training_days(kind):
     task = forecast.prepare(PRICES, kind)
@@ -119,6 +125,40 @@ def test_rmse_is_in_dollars_and_refuses_to_broadcast():
     assert forecast.rmse([[1.0, 3.0], [1.0, 1.0]], [1.0, 1.0]).tolist() == [np.sqrt(2), 0]
     with pytest.raises(ValueError, match="do not fit"):
         forecast.rmse(np.zeros((5, 1)), np.zeros(5))
+
+
+def test_relative_range_is_a_ratio_of_rmse():
+    actual, wrong = np.zeros(40), np.tile([3.0, -3.0], 20)
+    assert forecast.relative_range(2 * wrong, wrong, actual) == pytest.approx((2, 2))
+    # by hand: two stretches, squared errors relative to the baseline's 1 and 3 times as large
+    halves = np.where(np.arange(40) < 20, 1.0, np.sqrt(3)) * wrong
+    low, high = forecast.relative_range(halves, wrong, actual, stretches=2)
+    luck = 2 * np.std([0, 2], ddof=1) / np.sqrt(2)
+    assert (low, high) == pytest.approx((0, np.sqrt(2 + luck)))
+
+
+def test_relative_range_holds_the_truth_about_19_times_in_20():
+    """Independent days: the baseline errs by 1 a day, the forecast by 1.1, as root mean square."""
+    rng = np.random.default_rng(0)
+    ranges = [
+        forecast.relative_range(*rng.normal(size=(2, 500)) * [[1.1], [1]], np.zeros(500))
+        for _ in range(400)
+    ]
+    held = np.mean([low < 1.1 < high for low, high in ranges])
+    assert 0.88 < held < 0.98  # ten stretches: Student's t gives 92 %
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.ones(5), np.ones(4), np.zeros(4)), "one shape"),
+        ((np.ones(4), np.zeros(4), np.zeros(4)), "a baseline that errs"),
+        ((np.ones(4), np.ones(4), np.zeros(4)), "stretches must be between 2 and 4"),
+    ],
+)
+def test_relative_range_says_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        forecast.relative_range(*arguments)
 
 
 def test_feeding_back_continues_a_line():
