@@ -269,6 +269,27 @@ def test_both_sides_train_alike(sides, method):
     np.testing.assert_allclose(alone.loss, fits[0][1].loss, rtol=1e-5)
 
 
+def test_minibatches_are_dealt_alike_and_hold_every_window_once(sides):
+    deal = forecast.minibatches(50, 16, np.random.default_rng(0))
+    assert [len(rows) for rows in deal] == [16, 16, 16, 2]
+    assert sorted(np.concatenate(deal)) == list(range(50))
+    assert [len(r) for r in forecast.minibatches(32, 16, np.random.default_rng(0))] == [16, 16]
+    task = forecast.prepare(PRICES, "standard")
+    starts = [forecast.initial_weights("LSTM", 4, s) for s in (0, 1)]
+    options = {"evaluations": 4, "lr": 0.01, "batch_size": 64, "seed": 3}
+    fits = [side.fit(task, starts, "Adam", **options) for side in sides]
+    for one, two in zip(*fits, strict=True):
+        np.testing.assert_allclose(one.loss, two.loss, rtol=1e-3)
+        np.testing.assert_allclose(one.outputs, two.outputs, rtol=1e-2, atol=1e-3)
+    for side in sides:  # a minibatch of all windows is the full batch
+        rows = int(task.train.sum())
+        whole, same = (
+            side.fit(task, starts[:1], "Adam", evaluations=4, batch_size=size)[0]
+            for size in (None, rows)
+        )
+        np.testing.assert_allclose(whole.loss, same.loss, rtol=1e-4)
+
+
 def test_a_fit_learns_a_line(sides):
     """A sequence whose next value is easy: both sides must come close, or nothing is learnt."""
     prices = 100 + 10 * np.sin(np.arange(200) / 5)
@@ -288,4 +309,8 @@ def test_fit_refuses_what_it_does_not_know(sides):
             side.fit(task, [], "SGD")
         with pytest.raises(ValueError, match="at least 1"):
             side.fit(task, [], "Adam", evaluations=0)
+        with pytest.raises(ValueError, match="L-BFGS takes none, got 64"):
+            side.fit(task, [], "L-BFGS", batch_size=64)
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            side.fit(task, [], "Adam", batch_size=0)
         assert side.fit(task, [], "Adam") == []

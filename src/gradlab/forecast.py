@@ -260,12 +260,21 @@ def collect(task: Task, notes: Sequence[tuple[float, np.ndarray]]) -> Fit:
     return Fit(np.array([loss for loss, _ in notes], float), outputs)
 
 
-def check_fit(method: str, evaluations: int) -> None:
-    """Raise a ValueError for an unknown method or a budget below 1."""
+def check_fit(method: str, evaluations: int, batch_size: int | None = None) -> None:
+    """Raise a ValueError for an unknown method, a budget below 1 or minibatches that cannot be."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, got {evaluations!r}")
+    if batch_size is not None and (method == "L-BFGS" or batch_size < 1):
+        raise ValueError(
+            f"batch_size must be at least 1 and L-BFGS takes none, got {batch_size!r} for {method}"
+        )
+
+
+def minibatches(count: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """The numbers below count in random order, cut into minibatches of a size, the last smaller."""
+    return np.split(rng.permutation(count), range(size, count, size))
 
 
 def rmse(forecast: np.ndarray, actual: np.ndarray) -> np.ndarray:
