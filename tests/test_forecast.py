@@ -79,6 +79,12 @@ def test_a_return_of_zero_is_persistence():
     np.testing.assert_allclose(task.dollars(zero), task.persistence, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", forecast.KINDS)
+def test_unchanged_is_what_a_model_says_for_persistence(kind):
+    task = forecast.prepare(PRICES, kind)
+    np.testing.assert_allclose(task.dollars(task.unchanged), task.persistence, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["standard", "returns"])
 def test_scaled_values_have_mean_0_and_deviation_1_over_the_training_days(kind):
     task = forecast.prepare(PRICES, kind)
@@ -119,6 +125,40 @@ def test_rmse_is_in_dollars_and_refuses_to_broadcast():
     assert forecast.rmse([[1.0, 3.0], [1.0, 1.0]], [1.0, 1.0]).tolist() == [np.sqrt(2), 0]
     with pytest.raises(ValueError, match="do not fit"):
         forecast.rmse(np.zeros((5, 1)), np.zeros(5))
+
+
+def test_relative_range_is_a_ratio_of_rmse():
+    actual, wrong = np.zeros(40), np.tile([3.0, -3.0], 20)
+    assert forecast.relative_range(2 * wrong, wrong, actual) == pytest.approx((2, 2))
+    # by hand: two stretches, squared errors relative to the baseline's 1 and 3 times as large
+    halves = np.where(np.arange(40) < 20, 1.0, np.sqrt(3)) * wrong
+    low, high = forecast.relative_range(halves, wrong, actual, stretches=2)
+    luck = 2 * np.std([0, 2], ddof=1) / np.sqrt(2)
+    assert (low, high) == pytest.approx((0, np.sqrt(2 + luck)))
+
+
+def test_relative_range_holds_the_truth_about_19_times_in_20():
+    """Independent days: the baseline errs by 1 a day, the forecast by 1.1, as root mean square."""
+    rng = np.random.default_rng(0)
+    ranges = [
+        forecast.relative_range(*rng.normal(size=(2, 500)) * [[1.1], [1]], np.zeros(500))
+        for _ in range(400)
+    ]
+    held = np.mean([low < 1.1 < high for low, high in ranges])
+    assert 0.88 < held < 0.98  # ten stretches: Student's t gives 92 %
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.ones(5), np.ones(4), np.zeros(4)), "one shape"),
+        ((np.ones(4), np.zeros(4), np.zeros(4)), "a baseline that errs"),
+        ((np.ones(4), np.ones(4), np.zeros(4)), "stretches must be between 2 and 4"),
+    ],
+)
+def test_relative_range_says_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        forecast.relative_range(*arguments)
 
 
 def test_feeding_back_continues_a_line():
@@ -229,6 +269,27 @@ def test_both_sides_train_alike(sides, method):
     np.testing.assert_allclose(alone.loss, fits[0][1].loss, rtol=1e-5)
 
 
+def test_minibatches_are_dealt_alike_and_hold_every_window_once(sides):
+    deal = forecast.minibatches(50, 16, np.random.default_rng(0))
+    assert [len(rows) for rows in deal] == [16, 16, 16, 2]
+    assert sorted(np.concatenate(deal)) == list(range(50))
+    assert [len(r) for r in forecast.minibatches(32, 16, np.random.default_rng(0))] == [16, 16]
+    task = forecast.prepare(PRICES, "standard")
+    starts = [forecast.initial_weights("LSTM", 4, s) for s in (0, 1)]
+    options = {"evaluations": 4, "lr": 0.01, "batch_size": 64, "seed": 3}
+    fits = [side.fit(task, starts, "Adam", **options) for side in sides]
+    for one, two in zip(*fits, strict=True):
+        np.testing.assert_allclose(one.loss, two.loss, rtol=1e-3)
+        np.testing.assert_allclose(one.outputs, two.outputs, rtol=1e-2, atol=1e-3)
+    for side in sides:  # a minibatch of all windows is the full batch
+        rows = int(task.train.sum())
+        whole, same = (
+            side.fit(task, starts[:1], "Adam", evaluations=4, batch_size=size)[0]
+            for size in (None, rows)
+        )
+        np.testing.assert_allclose(whole.loss, same.loss, rtol=1e-4)
+
+
 def test_a_fit_learns_a_line(sides):
     """A sequence whose next value is easy: both sides must come close, or nothing is learnt."""
     prices = 100 + 10 * np.sin(np.arange(200) / 5)
@@ -248,4 +309,8 @@ def test_fit_refuses_what_it_does_not_know(sides):
             side.fit(task, [], "SGD")
         with pytest.raises(ValueError, match="at least 1"):
             side.fit(task, [], "Adam", evaluations=0)
+        with pytest.raises(ValueError, match="L-BFGS takes none, got 64"):
+            side.fit(task, [], "L-BFGS", batch_size=64)
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            side.fit(task, [], "Adam", batch_size=0)
         assert side.fit(task, [], "Adam") == []

@@ -61,6 +61,13 @@ class Task:
         """The baseline, which is the price of the day before each target, (windows,)."""
         return self.prices[self.days - 1]
 
+    @property
+    def unchanged(self) -> np.ndarray:
+        """What a model has to say for `persistence`, in the units of `y`, (windows,)."""
+        if self.kind == "returns":
+            return np.full_like(self.y, -self.shift / self.scale)
+        return self.x[:, -1]
+
     def dollars(self, outputs: np.ndarray) -> np.ndarray:
         """What a model's outputs say about the price.
 
@@ -253,12 +260,21 @@ def collect(task: Task, notes: Sequence[tuple[float, np.ndarray]]) -> Fit:
     return Fit(np.array([loss for loss, _ in notes], float), outputs)
 
 
-def check_fit(method: str, evaluations: int) -> None:
-    """Raise a ValueError for an unknown method or a budget below 1."""
+def check_fit(method: str, evaluations: int, batch_size: int | None = None) -> None:
+    """Raise a ValueError for an unknown method, a budget below 1 or minibatches that cannot be."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if evaluations < 1:
         raise ValueError(f"evaluations must be at least 1, got {evaluations!r}")
+    if batch_size is not None and (method == "L-BFGS" or batch_size < 1):
+        raise ValueError(
+            f"batch_size must be at least 1 and L-BFGS takes none, got {batch_size!r} for {method}"
+        )
+
+
+def minibatches(count: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """The numbers below count in random order, cut into minibatches of a size, the last smaller."""
+    return np.split(rng.permutation(count), range(size, count, size))
 
 
 def rmse(forecast: np.ndarray, actual: np.ndarray) -> np.ndarray:
@@ -276,6 +292,43 @@ def rmse(forecast: np.ndarray, actual: np.ndarray) -> np.ndarray:
     if actual.shape not in (forecast.shape, forecast.shape[-1:]):
         raise ValueError(f"forecast {forecast.shape} and actual {actual.shape} do not fit")
     return np.sqrt(((forecast - actual) ** 2).mean(-1))
+
+
+def relative_range(
+    forecast: np.ndarray, baseline: np.ndarray, actual: np.ndarray, *, stretches: int = 10
+) -> tuple[float, float]:
+    """RMSE of a forecast over that of a baseline, give or take the luck of the days.
+
+    The difference of the squared errors is averaged over stretches of successive days, because a
+    forecast that errs does so the same way for many days.  Its mean over them, less and plus two
+    standard errors of that mean, gives the two ends.
+
+    Args:
+        forecast: (days,), ascending in time.
+        baseline: (days,).
+        actual: (days,).
+        stretches: how many, at least 2; of equal length to a day.
+
+    Returns:
+        The lower end, at least 0, and the upper one.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer days than stretches or fewer stretches than 2, or
+            a baseline without error.
+    """
+    square = rmse(baseline, actual) ** 2
+    if np.ndim(square) or np.shape(forecast) != np.shape(actual) or not square > 0:
+        raise ValueError(
+            f"need three series of one shape, and a baseline that errs; got {np.shape(forecast)}, "
+            f"{np.shape(baseline)} and {np.shape(actual)}, with an RMSE of {np.sqrt(square)}"
+        )
+    if not 2 <= stretches <= len(actual):
+        raise ValueError(f"stretches must be between 2 and {len(actual)}, got {stretches!r}")
+    worse = (np.subtract(forecast, actual) ** 2 - np.subtract(baseline, actual) ** 2) / square
+    means = [part.mean() for part in np.array_split(worse, stretches)]
+    luck = 2 * np.std(means, ddof=1) / np.sqrt(stretches)
+    low, high = np.sqrt(np.maximum(0, 1 + np.mean(means) + luck * np.array([-1, 1])))
+    return float(low), float(high)
 
 
 def feed_back(

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gradlab.forecast import Fit, Task, cell_of, check_fit, collect
+from gradlab.forecast import Fit, Task, cell_of, check_fit, collect, minibatches
 from gradlab.keras import lbfgs
 
 __all__ = ["fit", "mse", "network"]
@@ -52,6 +52,8 @@ def fit(
     *,
     evaluations: int = 70,
     lr: float = 0.1,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> list[Fit]:
     """Train a network from every start, on all training windows at once.
 
@@ -62,14 +64,18 @@ def fit(
         evaluations: budget: how often the loss and its gradient over all training windows may be
             computed, those of a line search included.
         lr: Adam's learning rate; L-BFGS has none.
+        batch_size: windows in one of Adam's minibatches, None for all.  One pass over the training
+            windows, dealt out anew each time, then counts as one evaluation; noted are loss and
+            outputs before it.
+        seed: of that dealing out.
 
     Returns:
         One `Fit` per start.
 
     Raises:
-        ValueError: an unknown method, or a budget below 1.
+        ValueError: an unknown method, a budget below 1, or a batch size below 1 or for L-BFGS.
     """
-    check_fit(method, evaluations)
+    check_fit(method, evaluations, batch_size)
     starts = [list(weights) for weights in starts]
     if not starts:
         return []
@@ -98,6 +104,12 @@ def fit(
             adam.apply(gradient)
         return loss, outputs
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int64)])
+    def part(rows: tf.Tensor) -> None:
+        with tf.GradientTape() as tape:
+            loss = mse(model, tuple(tf.gather(a, rows) for a in batch))
+        adam.apply(tape.gradient(loss, model.trainable_variables))
+
     results = []
     for weights in starts:
         model.set_weights(weights)
@@ -112,7 +124,13 @@ def fit(
                 tolerance=0,
                 on_evaluation=lambda _, loss, __, to=notes: to.append((loss, later().numpy())),
             )
-        else:
+        elif batch_size is None:
             notes += [tuple(a.numpy() for a in step()) for _ in range(evaluations)]
+        else:
+            rng = np.random.default_rng(seed)
+            for _ in range(evaluations):
+                notes.append((loss_fn().numpy(), later().numpy()))
+                for rows in minibatches(len(batch[1]), batch_size, rng):
+                    part(rows)
         results.append(collect(task, notes))
     return results

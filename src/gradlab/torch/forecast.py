@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from gradlab.forecast import Fit, Task, cell_of, check_fit, collect
+from gradlab.forecast import Fit, Task, cell_of, check_fit, collect, minibatches
 from gradlab.torch import lbfgs
 
 __all__ = ["fit", "mse", "network"]
@@ -61,6 +61,8 @@ def fit(
     *,
     evaluations: int = 70,
     lr: float = 0.1,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> list[Fit]:
     """Train a network from every start, on all training windows at once.
 
@@ -71,14 +73,18 @@ def fit(
         evaluations: budget: how often the loss and its gradient over all training windows may be
             computed, those of a line search included.
         lr: Adam's learning rate; L-BFGS has none.
+        batch_size: windows in one of Adam's minibatches, None for all.  One pass over the training
+            windows, dealt out anew each time, then counts as one evaluation; noted are loss and
+            outputs before it.
+        seed: of that dealing out.
 
     Returns:
         One `Fit` per start.
 
     Raises:
-        ValueError: an unknown method, or a budget below 1.
+        ValueError: an unknown method, a budget below 1, or a batch size below 1 or for L-BFGS.
     """
-    check_fit(method, evaluations)
+    check_fit(method, evaluations, batch_size)
     batch = tuple(torch.tensor(a[task.train]) for a in (task.x, task.y))
     later = torch.tensor(task.x[~task.train])
     results = []
@@ -100,11 +106,20 @@ def fit(
         else:
             trained = [p for p in model.parameters() if p.requires_grad]
             adam = torch.optim.Adam(trained, lr=lr)
+            rng = np.random.default_rng(seed)
             for number in range(evaluations):
-                adam.zero_grad()
-                loss = mse(model, batch)
-                loss.backward()
-                note(number, loss.item(), 0.0)
-                adam.step()
+                parts = [batch]
+                if batch_size is not None:
+                    with torch.no_grad():
+                        note(number, mse(model, batch).item(), 0.0)
+                    deal = minibatches(len(batch[1]), batch_size, rng)
+                    parts = [tuple(a[rows] for a in batch) for rows in deal]
+                for part in parts:
+                    adam.zero_grad()
+                    loss = mse(model, part)
+                    loss.backward()
+                    if batch_size is None:
+                        note(number, loss.item(), 0.0)
+                    adam.step()
         results.append(collect(task, notes))
     return results
