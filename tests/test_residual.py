@@ -12,9 +12,11 @@ from gradlab.residual import (
     ResidualSpec,
     alike,
     check_alike,
+    cosines,
     initial_weights,
     predicted_growth,
     stacked_weights,
+    stretched,
     variants,
 )
 
@@ -154,6 +156,21 @@ def test_prediction_s_closed_forms():
     assert growth(scale=0.5, **rotation) == pytest.approx(2**-50)
     plain = growth(skip=0.0, normalization="batch")
     assert plain == pytest.approx((np.pi / (np.pi - 1)) ** 25, rel=1e-9)
+
+
+def test_stretching_multiplies_lengths_and_leaves_cosines():
+    spec, (x, _) = ResidualSpec(5, 3, 6, 4), task()
+    w = initial_weights(spec, 2)
+    w["readout"] = np.random.default_rng(0).normal(size=(6, 3))
+    longer = logits_of(stretched(spec, 1.5), w, x) / logits_of(spec, w, x)
+    np.testing.assert_allclose(longer, 1.5**4)
+    members, h = [spec, stretched(spec, 1.5)], x @ w["stem"]
+    for matrices in w["blocks"]:
+        h = h + np.maximum(h, 0) @ matrices[0]
+    h = h / np.linalg.norm(h, axis=1, keepdims=True)
+    pairs = [h[i] @ h[j] for i in range(len(x)) for j in range(i + 1, len(x))]
+    got = cosines(members, stacked_weights(members, (2, 2), "float64"), x)
+    np.testing.assert_allclose(got, [pairs, pairs])
 
 
 def test_groups_are_alike_and_no_larger_than_asked_for():

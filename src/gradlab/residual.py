@@ -12,12 +12,12 @@ per block that may be learnt.  A `ResidualSpec` says which; `gradlab.torch.resid
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gradlab import theory
-from gradlab.mlp import orthogonal
+from gradlab.mlp import EPSILON, orthogonal
 
 NORMALIZATIONS = (None, "batch", "layer")
 INITIALIZATIONS = ("normal", "looks_linear", "fixup")
@@ -249,3 +249,45 @@ def alike(specs: Mapping[str, ResidualSpec], most: int | None = None) -> list[li
         groups.setdefault(tuple(getattr(spec, field) for field in _SHARED), []).append(name)
     size = most or max(len(specs), 1)
     return [g[first : first + size] for g in groups.values() for first in range(0, len(g), size)]
+
+
+def stretched(spec: ResidualSpec, r: float) -> ResidualSpec:
+    """The same network with every block's result times r.
+
+    Without normalisation n blocks then multiply h_n and the Jacobian from h₀ to h_n by rⁿ, and all
+    directions stay.
+    """
+    return replace(spec, skip=r * spec.skip, scale=r * spec.scale)
+
+
+def cosines(
+    specs: Sequence[ResidualSpec], weights: Mapping[str, np.ndarray], x: np.ndarray
+) -> np.ndarray:
+    """Cosines between the h of different samples after the last block.
+
+    Args:
+        specs: one per member.
+        weights: from `stacked_weights`.
+        x: inputs (samples, features), for all members; batch normalisation takes them for a batch.
+
+    Returns:
+        (members, pairs), one for each pair of different samples.
+    """
+    check_alike(specs)
+    kind = specs[0].normalization
+    keep, times = np.array([(spec.skip, spec.scale) for spec in specs]).T[..., None, None]
+    h = x @ weights["stem"]  # (members, samples, width)
+    for block in range(specs[0].blocks):
+        z = _normalize(h, 2) if kind == "layer" else h
+        for matrix in range(specs[0].matrices):
+            z = np.maximum(z, 0) @ weights["blocks"][:, block, matrix]
+            z = _normalize(z, 1) if kind == "batch" else z
+        h = keep * h + times * weights["factor"][:, block, None, None] * z
+    h = h / np.linalg.norm(h, axis=2, keepdims=True)
+    first, second = np.triu_indices(len(x), 1)
+    return (h @ h.transpose(0, 2, 1))[:, first, second]
+
+
+def _normalize(z: np.ndarray, axis: int) -> np.ndarray:
+    variance = z.var(axis, keepdims=True)
+    return (z - z.mean(axis, keepdims=True)) / np.sqrt(variance + EPSILON)
