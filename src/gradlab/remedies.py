@@ -101,8 +101,10 @@ REMEDIES = {
         "Why did it blow up?",
     ),
     "step size": Remedy(
-        "Divide the learning rate by ten, then look for the highest that still learns. A warm-up, "
-        "or clipping the norm, also bounds the step. Half the initial gain would not help.",
+        "Take a learning rate below the limit that is named here, or a tenth where none is, then "
+        "look for the highest that still learns. A warm-up, or clipping the norm, also bounds the "
+        "step. A limit far below all rates in use points to inputs or a loss that are too large: "
+        "scale them. Half the initial gain would not help.",
         "How long may a step be?",
     ),
     "summed loss": Remedy(
