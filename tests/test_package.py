@@ -13,7 +13,7 @@ import gradlab
 
 ROOT = Path(gradlab.__file__).resolve().parent
 FRAMEWORKS = {"torch", "tensorflow", "keras"}
-FREE = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
+FREE = sorted(path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("_"))
 
 
 def python(code: str) -> subprocess.CompletedProcess:

@@ -12,8 +12,11 @@ __version__ = "0.1.0"
 _MODULES = frozenset(
     [
         "backprop",
+        "checkpoint",
         "claims",
+        "cli",
         "clip",
+        "convnet",
         "data",
         "diagnosis",
         "forecast",
@@ -32,6 +35,7 @@ _MODULES = frozenset(
         "sweep",
         "theory",
         "torch",
+        "training",
         "transformer",
         "updates",
     ]

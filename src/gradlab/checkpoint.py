@@ -1,0 +1,154 @@
+"""Checkpoints that a kill cannot halve and that say so when they were changed.
+
+A checkpoint is two files: arrays in the safetensors format, which holds numbers and no code, and a
+small JSON that names the arrays' file with its SHA-256.  The arrays are written first, the JSON
+last, each under another name that is replaced in one step when it is complete.  So a JSON under its
+own name always stands for a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = "gradlab checkpoint 1"
+_NAME = re.compile(r"checkpoint-(\d{6,})\.json")
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint that must not be loaded; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved.
+
+    Attributes:
+        arrays: name to array.
+        record: whatever else the run needs, as JSON holds it.
+        path: the JSON file that it came from.
+    """
+
+    arrays: dict[str, np.ndarray]
+    record: dict
+    path: Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under; when the block ends well, the file gets its own, at once.
+
+    Args:
+        path: the file's own name.  What is there stays whole until the new one is complete.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # the numbers before the name
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":  # and the name itself
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, number: int, arrays: Mapping[str, np.ndarray], record: Mapping) -> Path:
+    """Write a checkpoint; a kill at any moment leaves it whole or absent.
+
+    Args:
+        folder: an existing folder.
+        number: names the checkpoint, for instance the epochs done.
+        arrays: name to array; any shape, and a type that NumPy and safetensors share.
+        record: whatever else belongs to it; JSON must be able to hold it.
+
+    Returns:
+        The path of its JSON file.
+    """
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
+    data = folder / f"checkpoint-{number:06d}.safetensors"
+    with replacing(data) as partial:
+        save_file(arrays, partial)
+        sha256 = digest(partial)
+    path = folder / f"checkpoint-{number:06d}.json"
+    head = {"format": FORMAT, "arrays": data.name, "sha256": sha256}
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(head | dict(record), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder: number to JSON file, ascending."""
+    found = {int(m[1]): path for path in folder.glob("*.json") if (m := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, after holding its arrays against their digest.
+
+    Args:
+        path: its JSON file.
+
+    Raises:
+        BadCheckpoint: a file that is missing, cut short, changed, or of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as arrays_in
+
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpoint(f"there is no checkpoint {path}") from None
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{path} cannot be read as JSON: {error}. {_earlier(path)}") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise BadCheckpoint(
+            f"{path} is no checkpoint of gradlab: its 'format' should be {FORMAT!r}. "
+            "Name a folder that `gradlab train` has written."
+        )
+    name = record.get("arrays")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise BadCheckpoint(f"{path} names no arrays beside it, but {name!r}. {_earlier(path)}")
+    data = path.with_name(name)
+    try:
+        content = data.read_bytes()
+    except OSError as error:
+        raise BadCheckpoint(f"{data} cannot be read: {error}. {_earlier(path)}") from None
+    if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+        raise BadCheckpoint(
+            f"{data} is not what was saved: its SHA-256 is not the one in {path.name}. It was "
+            f"changed, cut short or damaged, and is not loaded. {_earlier(path)}"
+        )
+    try:
+        arrays = arrays_in(content)
+    except SafetensorError as error:
+        raise BadCheckpoint(f"{data} is no safetensors file: {error}. {_earlier(path)}") from None
+    return Checkpoint(arrays, record, path)
+
+
+def _earlier(path: Path) -> str:
+    """What a reader can do who meets a bad checkpoint."""
+    others = [other for other in numbered(path.parent).values() if other != path]
+    if others:
+        return f"Move both files away, and the newest of those left is used: {others[-1].name}."
+    return "There is no other checkpoint beside it: --reset begins anew."

@@ -1,0 +1,640 @@
+"""What `gradlab train` does in either framework: options, data, epochs, checkpoints, a verdict.
+
+`gradlab.torch.train` and `gradlab.keras.train` hold the part that trains, a `Trainer` each; all
+that decides what is trained, in which order and at which rate stands here, once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from gradlab import checkpoint, convnet, data, mlp
+from gradlab.history import ON_NONFINITE, GradientHistory
+
+FRAMEWORKS = {"torch": "torch", "tensorflow": "keras"}
+"""The command's word for a framework: the folder of its half of gradlab."""
+
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "rmsprop")
+LOSSES = ("cross-entropy", "mse")
+SCHEDULES = ("constant", "cosine", "step", "warmup-cosine")
+PRECISIONS = ("float32", "float64", "bfloat16", "float16")
+MODELS = {
+    "nn": "two convolutions, two dense layers; on blobs: 10 features, 100 classes, 100,000 samples",
+    "mlp": "two hidden layers of 64 ReLU units; on the handwritten digits",
+    "deep": "thirty hidden layers of 64 ReLU units; on the handwritten digits",
+}
+"""Name to what it is, and the data that it is trained on unless `--data` says otherwise."""
+
+#: The mean loss of an epoch that is this many times the first batch's is called a blow-up.
+BLOWN_UP = 10.0
+
+
+#: TensorBoard gets the gradient norms of every so many steps.
+LOG_EVERY = 50
+
+
+class BadOption(ValueError):
+    """Something that the command cannot do; the message says what was given and what to give."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train, and how; see `gradlab train --help`.
+
+    Raises:
+        BadOption: a value out of its range.
+    """
+
+    framework: str = "torch"
+    model_name: str = "nn"
+    data: str | None = None
+    num_epochs: int = 10
+    batch_size: int = 32
+    train_load_size: float = 1.0
+    validation_load_size: float = 1.0
+    test_load_size: float = 1.0
+    save_interval: int = 10
+    save_path: str = "runs/train"
+    optimizer: str = "adam"
+    loss: str = "cross-entropy"
+    lr: float = 1e-3
+    lr_schedule: str = "constant"
+    weight_initialization: str = "he"
+    clip_norm: float | None = None
+    precision: str = "float32"
+    seed: int = 0
+    resume: bool = False
+    reset: bool = False
+    logdir: str | None = None
+    on_nonfinite: str = "raise"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("framework", tuple(FRAMEWORKS)),
+            ("model_name", tuple(MODELS)),
+            ("optimizer", OPTIMIZERS),
+            ("loss", LOSSES),
+            ("lr_schedule", SCHEDULES),
+            ("weight_initialization", convnet.SCHEMES),
+            ("precision", PRECISIONS),
+            ("on_nonfinite", ON_NONFINITE),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise BadOption(
+                    f"{_flag(name)} must be one of {', '.join(allowed)}, got {value!r}"
+                    + _HINTS.get((name, value), "")
+                )
+        for name in ("num_epochs", "batch_size", "save_interval"):
+            value = getattr(self, name)
+            if not 1 <= value <= 10**9:
+                raise BadOption(f"{_flag(name)} must be a whole number from 1 up, got {value!r}")
+        for name in ("train_load_size", "validation_load_size", "test_load_size"):
+            value = getattr(self, name)
+            if not (0 < value <= 1 or (value > 1 and float(value).is_integer())):
+                raise BadOption(
+                    f"{_flag(name)} must be a share above 0 and up to 1 (1 is all), or a whole "
+                    f"number of samples, got {value!r}"
+                )
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise BadOption(f"--lr must be a finite number above 0, got {self.lr!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise BadOption(f"--clip-norm must be above 0, got {self.clip_norm!r}")
+        if not 0 <= self.seed < 2**32:
+            raise BadOption(f"--seed must be a whole number from 0 to 2³²−1, got {self.seed!r}")
+        if self.resume and self.reset:
+            raise BadOption("--resume goes on with a run and --reset deletes it: give one of them")
+
+
+_HINTS = {
+    ("loss", "gradient-descent"): (
+        ". Gradient descent is no loss, it is how a loss is made smaller: --optimizer sgd"
+    ),
+    ("framework", "pytorch"): ". PyTorch's name in Python is torch",
+    ("framework", "keras"): ". Keras runs on TensorFlow here: tensorflow",
+}
+
+#: What may differ between a run and its resumption without changing a weight.
+_FREE = {"num_epochs", "save_interval", "save_path", "resume", "reset", "logdir", "on_nonfinite"}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is trained
+
+
+class Part(NamedTuple):
+    """Samples: x (samples, features), float32, and y (samples,), int64 class numbers."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a `Trainer` needs beside the options.
+
+    Attributes:
+        train, validation, test: the samples, standardised by the training part.
+        spec: the network, a `convnet.ConvNetSpec` or an `mlp.MLPSpec`.
+        weights: its initial weights.
+        rates: (steps,), float64: the learning rate of every step of the whole run.
+        steps_per_epoch: the last batch of an epoch may be smaller than the others.
+        order: epoch to the order of the training samples, (samples,).
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+    spec: convnet.ConvNetSpec | mlp.MLPSpec
+    weights: dict[str, np.ndarray]
+    rates: np.ndarray
+    steps_per_epoch: int
+    order: Callable[[int], np.ndarray]
+
+
+def learning_rates(options: Options, steps: int) -> np.ndarray:
+    """The learning rate of every step, (steps,), float64.
+
+    "cosine" falls from `lr` to 0 along half a cosine; "step" divides by ten after half and after
+    three quarters of the steps; "warmup-cosine" rises from lr/n to lr over the first n = 5 % of
+    the steps, then falls as "cosine" does.
+    """
+    position = np.arange(steps) / steps
+    match options.lr_schedule:
+        case "constant":
+            factors = np.ones(steps)
+        case "step":
+            factors = 0.1 ** ((position >= 0.5).astype(float) + (position >= 0.75))
+        case "cosine":
+            factors = (1 + np.cos(np.pi * position)) / 2
+        case _:
+            rising = max(1, round(0.05 * steps))
+            rest = np.arange(steps - rising) / max(1, steps - rising)
+            factors = np.concatenate(
+                [np.arange(1, rising + 1) / rising, (1 + np.cos(np.pi * rest)) / 2]
+            )
+    return options.lr * factors
+
+
+def _from_file(path: Path) -> Part:
+    """x and y of a user's own .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x, y = (np.asarray(file[name]) for name in ("x", "y"))
+    except FileNotFoundError:
+        raise BadOption(
+            f"--data {path}: there is no such file. Give digits, blobs, mnist, or an .npz file "
+            "with arrays x (samples, features) and y (samples,)"
+        ) from None
+    except KeyError as error:
+        raise BadOption(f"--data {path}: it needs arrays named x and y: {error}") from None
+    except Exception as error:  # whatever NumPy and zipfile raise for another kind of file
+        raise BadOption(f"--data {path}: this cannot be read as an .npz file: {error}") from None
+    if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] == 0:
+        raise BadOption(
+            f"--data {path}: x must be (samples, features) and y (samples,), got {x.shape} and "
+            f"{y.shape}"
+        )
+    if not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
+        raise BadOption(
+            f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype} from "
+            f"{y.min() if len(y) else 'nothing'}"
+        )
+    if not np.issubdtype(x.dtype, np.number) or np.iscomplexobj(x):
+        raise BadOption(f"--data {path}: x must hold real numbers, got {x.dtype}")
+    if len(x) < 10:
+        raise BadOption(f"--data {path}: ten samples are the least, got {len(x)}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is reported below
+        x = x.astype(np.float32)
+    bad = np.argwhere(~np.isfinite(x))
+    if len(bad):
+        row, column = bad[0]
+        raise BadOption(
+            f"--data {path}: x[{row}, {column}] is {x[row, column]}, the first of {len(bad)} "
+            "numbers that are not finite. A run on them ends in NaN: mend or drop those rows"
+        )
+    return Part(x, y.astype(np.int64))
+
+
+def _parts(options: Options) -> tuple[Part, Part, Part, int]:
+    """Training, validation and test samples as they come, and the number of classes."""
+    source = options.data or ("blobs" if options.model_name == "nn" else "digits")
+    rng = np.random.default_rng(0)  # the data do not depend on the run's seed
+    if source in ("blobs", "digits", "mnist"):
+        if source == "blobs":
+            split = data.blobs(125_000, features=10, classes=100)
+            left = len(split.x_test) // 2
+            held = Part(split.x_test[:left], split.y_test[:left])
+            test = Part(split.x_test[left:], split.y_test[left:])
+            train = Part(split.x_train, split.y_train)
+        else:
+            split = data.digits("unit") if source == "digits" else data.mnist()
+            left = len(split.x_train) * 5 // 6
+            train = Part(split.x_train[:left], split.y_train[:left])
+            held = Part(split.x_train[left:], split.y_train[left:])
+            test = Part(split.x_test, split.y_test)
+        return train, held, test, split.classes
+    x, y = _from_file(Path(source))
+    order = rng.permutation(len(x))
+    cuts = len(x) * 8 // 10, len(x) * 9 // 10
+    train, held, test = (Part(x[rows], y[rows]) for rows in np.split(order, cuts))
+    return train, held, test, int(y.max()) + 1
+
+
+def _sized(part: Part, size: float, name: str) -> Part:
+    """The first samples of a part: a share of it, or a number."""
+    wanted = max(1, round(size * len(part.x))) if size <= 1 else int(size)
+    if wanted > len(part.x):
+        raise BadOption(
+            f"{_flag(name)} asks for {wanted} samples, and there are {len(part.x)}: give a smaller "
+            "number, or 1 for all"
+        )
+    return Part(part.x[:wanted], part.y[:wanted])
+
+
+def problem(options: Options) -> Problem:
+    """Data, network, initial weights, order and rates of a run.
+
+    Raises:
+        BadOption: data that cannot be read or are too few.
+        DataUnavailable: MNIST without a network.
+    """
+    train, held, test, classes = _parts(options)
+    train = _sized(train, options.train_load_size, "train_load_size")
+    held = _sized(held, options.validation_load_size, "validation_load_size")
+    test = _sized(test, options.test_load_size, "test_load_size")
+    scaled = data.standardize(train.x, held.x, test.x)
+    train, held, test = (
+        Part(x, part.y) for x, part in zip(scaled, (train, held, test), strict=True)
+    )
+    features = train.x.shape[1]
+    if options.model_name == "nn":
+        spec: convnet.ConvNetSpec | mlp.MLPSpec = convnet.ConvNetSpec(features, classes)
+        shapes = spec.shapes
+    else:
+        spec = mlp.MLPSpec(features, classes, depth=30 if options.model_name == "deep" else 2)
+        shapes = {name: array.shape for name, array in mlp.initial_weights(spec).items()}
+    n = len(train.x)
+    steps_per_epoch = -(-n // options.batch_size)
+    return Problem(
+        train,
+        held,
+        test,
+        spec,
+        convnet.initial_weights(shapes, options.weight_initialization, options.seed),
+        learning_rates(options, steps_per_epoch * options.num_epochs),
+        steps_per_epoch,
+        lambda epoch: np.random.default_rng([options.seed, epoch]).permutation(n),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+
+
+class Trainer(Protocol):
+    """What `gradlab.torch.train.Trainer` and `gradlab.keras.train.Trainer` do.
+
+    Attributes:
+        rank: this process's number among those that train together; 0 writes and speaks.
+        history: what the probe recorded.
+    """
+
+    rank: int
+    history: GradientHistory
+
+    def __init__(self, options: Options, problem: Problem) -> None: ...
+
+    def fit(
+        self,
+        first: int,
+        last: int,
+        after_step: Callable[[], object],
+        after_epoch: Callable[[int, float], object],
+    ) -> None:
+        """Train epochs first to last − 1; `after_epoch` gets the epoch and its mean loss."""
+
+    def evaluate(self, part: Part) -> tuple[float, float]:
+        """Mean loss and accuracy."""
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict]:
+        """All numbers that training goes on from, as arrays and as JSON."""
+
+    def restore(self, arrays: dict[str, np.ndarray], record: dict) -> None:
+        """The inverse of `state`."""
+
+    def diagnose(self, rows: np.ndarray) -> object:
+        """`gradlab.diagnose` of a step on these training samples; print it."""
+
+
+class Epoch(NamedTuple):
+    """What an epoch left: its number from 1, losses and the accuracy on the validation part."""
+
+    epoch: int
+    loss: float
+    validation_loss: float
+    validation_accuracy: float
+
+
+class BlownUp(RuntimeError):
+    """The run ended because its numbers are no longer finite."""
+
+
+class Place:
+    """The folder of a run: which checkpoints it holds and which it may take.
+
+    Args:
+        options: of the run.
+
+    Raises:
+        BadOption: a folder that cannot be written, or holds what would be overwritten.
+        BadCheckpoint: one to be resumed that must not be.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.folder = options, Path(options.save_path)
+        try:
+            if not options.resume:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            elif not self.folder.is_dir():
+                raise BadOption(f"--resume: there is no folder {self.folder}, see --save-path")
+            attempt = self.folder / f".writable.{os.getpid()}"
+            attempt.touch()
+            attempt.unlink()
+        except OSError as error:
+            raise BadOption(f"--save-path {self.folder} cannot be written: {error}") from None
+        there = checkpoint.numbered(self.folder)
+        self.resumed: checkpoint.Checkpoint | None = None
+        if options.resume:
+            if not there:
+                raise BadOption(
+                    f"--resume: {self.folder} holds no checkpoint. Leave --resume out to begin, or "
+                    "name the folder of the run with --save-path"
+                )
+            self.resumed = checkpoint.load(list(there.values())[-1])
+            self._check_same()
+        elif there and not options.reset:
+            raise BadOption(
+                f"--save-path {self.folder} already holds a run, {list(there.values())[-1].name}: "
+                "--resume goes on with it, --reset deletes its checkpoints and begins anew, "
+                "another --save-path leaves it alone"
+            )
+
+    def _check_same(self) -> None:
+        """The run to be resumed is this one."""
+        assert self.resumed is not None
+        path, record = self.resumed.path, self.resumed.record
+        before, now = record.get("options"), asdict(self.options)
+        if not isinstance(before, dict) or not isinstance(record.get("epochs_done"), int):
+            raise checkpoint.BadCheckpoint(f"{path} does not say what run it belongs to: --reset")
+        different = [
+            f"{_flag(f.name)} was {before.get(f.name)!r} and is {now[f.name]!r}"
+            for f in fields(Options)
+            if f.name not in _FREE and before.get(f.name) != now[f.name]
+        ]
+        done, wanted = record["epochs_done"], self.options.num_epochs
+        if before.get("num_epochs") != wanted and self.options.lr_schedule != "constant":
+            different.append(
+                f"--num-epochs was {before.get('num_epochs')} and is {wanted}, which changes the "
+                f"rates of --lr-schedule {self.options.lr_schedule}"
+            )
+        if different:
+            raise BadOption(
+                f"--resume: {path} belongs to another run: {'; '.join(different)}. Repeat its "
+                "options, or give another --save-path"
+            )
+        if done > wanted:
+            raise BadOption(
+                f"--resume: {path} has {done} epochs behind it, --num-epochs asks for {wanted}"
+            )
+
+    def clear(self) -> None:
+        """Delete the checkpoints and histories of an earlier run, and nothing else."""
+        for path in self.folder.glob("checkpoint-*.json"):
+            path.unlink()  # first: without it the arrays stand for nothing
+        for pattern in ("checkpoint-*.safetensors", "history-*.npz", ".*.partial"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def room(self, arrays: dict[str, np.ndarray]) -> None:
+        """Refuse to begin a run whose first checkpoint would not fit on the disk."""
+        needed = 2 * sum(array.nbytes for array in arrays.values())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise BadOption(
+                f"--save-path {self.folder}: a checkpoint needs {needed} bytes, {free} are free"
+            )
+
+
+def run(options: Options, say: Callable[[str], object] = print) -> list[Epoch]:
+    """Train a network as `options` say, save it, and say how it went.
+
+    Args:
+        options: the run.
+        say: gets each line of the report.
+
+    Returns:
+        What each epoch left, those before a resumption included.
+
+    Raises:
+        BadOption, BadCheckpoint, DataUnavailable, ImportError: nothing was trained or overwritten.
+        BlownUp: the numbers stopped being finite.  The last checkpoint is from before.
+    """
+    task = problem(options)
+    place = Place(options)
+    side = FRAMEWORKS[options.framework]
+    trainer: Trainer = import_module(f"gradlab.{side}.train").Trainer(options, task)
+    speaks = trainer.rank == 0
+    with _log(options.logdir if speaks else None) as log:
+        return _Run(options, task, place, trainer, say if speaks else _say_nothing, log).finish()
+
+
+def _say_nothing(line: str) -> None:
+    """What the other processes of a data-parallel run say."""
+
+
+class _Run:
+    """A run on its way: what it has done so far, and what it does after each epoch."""
+
+    def __init__(
+        self,
+        options: Options,
+        task: Problem,
+        place: Place,
+        trainer: Trainer,
+        say: Callable[[str], object],
+        log: Callable[[Epoch, GradientHistory, int], None],
+    ) -> None:
+        self.options, self.task, self.place, self.trainer = options, task, place, trainer
+        self.say, self.log, self.speaks = say, log, trainer.rank == 0
+        self.first, self.epochs = 0, []
+        if place.resumed is not None:
+            record = place.resumed.record
+            try:
+                trainer.restore(place.resumed.arrays, record["trainer"])
+                self.epochs = [Epoch(**epoch) for epoch in record["epochs"]]
+            except (KeyError, ValueError, TypeError) as error:
+                raise checkpoint.BadCheckpoint(
+                    f"{place.resumed.path} does not fit this network: {error}"
+                ) from None
+            self.first = record["epochs_done"]
+        #: Where training could go on from: the last epoch's end, and how many epochs that was.
+        self.good, self.good_epochs = trainer.state(), self.first
+        place.room(self.good[0])
+        if self.speaks and options.reset:
+            place.clear()
+
+    def finish(self) -> list[Epoch]:
+        """Train the epochs that are left."""
+        from tqdm import tqdm
+
+        options, task, trainer = self.options, self.task, self.trainer
+        self.say(
+            f"{options.model_name} in {options.framework}: {len(task.train.x)} training samples, "
+            f"{task.steps_per_epoch} steps an epoch, {options.num_epochs - self.first} of "
+            f"{options.num_epochs} epochs to go"
+        )
+        self.start_loss, _ = trainer.evaluate(task.validation)
+        if self.first < options.num_epochs:
+            with tqdm(
+                total=len(task.rates),
+                initial=task.steps_per_epoch * self.first,
+                unit="step",
+                disable=None if self.speaks else True,  # None: where nobody sees it
+            ) as self.bar:
+                try:
+                    trainer.fit(self.first, options.num_epochs, self.bar.update, self._after_epoch)
+                except FloatingPointError as error:  # the probe's, on either side
+                    self.bar.close()
+                    self._explain(error)
+            bad = trainer.history.first_nonfinite
+            if bad:
+                self.say(
+                    f"The gradient of {bad.name} was not finite at step {bad.step}. Of the last "
+                    f"{len(trainer.history.steps)} steps, {trainer.history.skipped.sum()} were "
+                    "left out."
+                )
+        loss, accuracy = trainer.evaluate(task.test)
+        self.say(f"test loss {loss:.4g}, accuracy {accuracy:.1%}")
+        return self.epochs
+
+    def _after_epoch(self, number: int, loss: float) -> None:
+        """Look at the network, log and save it; `number` counts from 0."""
+        task, options, history = self.task, self.options, self.trainer.history
+        done = number + 1
+        epoch = Epoch(done, loss, *self.trainer.evaluate(task.validation))
+        self.epochs.append(epoch)
+        self.bar.clear()
+        self.say(
+            f"epoch {done}: loss {loss:.4g}, validation loss {epoch.validation_loss:.4g}, "
+            f"accuracy {epoch.validation_accuracy:.1%}"
+        )
+        self.log(epoch, history, self.first * task.steps_per_epoch)
+        arrays, numbers = self.trainer.state()
+        self._check(arrays, history)
+        self.good, self.good_epochs = (arrays, numbers), done
+        if self.speaks and (done % options.save_interval == 0 or done == options.num_epochs):
+            self._save(arrays, numbers, history)
+        if loss > BLOWN_UP * self.start_loss and done < options.num_epochs:
+            self.say(f"The loss has grown from {self.start_loss:.4g}. What the next step would do:")
+            self.say(str(self.trainer.diagnose(self._rows(done, 0))))
+
+    def _check(self, arrays: dict[str, np.ndarray], history: GradientHistory) -> None:
+        """A checkpoint of a network that is lost would only bury the last good one."""
+        lost = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+        if lost:
+            bad = history.first_nonfinite
+            since = f", since step {bad.step} ({bad.name})" if bad else ""
+            raise BlownUp(
+                f"{len(lost)} arrays are no longer finite, {lost[0]} first{since}. Run again with "
+                f"--on-nonfinite raise to stop before that step and see why. {self._left()}"
+            )
+        if history.skipped[-self.task.steps_per_epoch :].all():
+            raise BlownUp(
+                "every step of this epoch was left out, for its gradient was not finite: nothing "
+                "is learnt any more. Run again with --on-nonfinite raise to see why. "
+                + self._left()
+            )
+
+    def _explain(self, error: FloatingPointError) -> None:
+        """Say what went wrong at a step that was not taken, and what its beginning looked like."""
+        self.say(str(error))
+        steps = self.task.steps_per_epoch
+        rows = self._rows(*divmod(self.first * steps + getattr(error, "step", 0), steps))
+        self.say(str(self.trainer.diagnose(rows)))
+        if self.speaks:
+            self.trainer.history.save(self.place.folder / "history-at-the-end.npz")
+        # The step that fails is often only the last of a series.
+        self.trainer.restore(*self.good)
+        self.say(f"\nThe same of the network after {self.good_epochs} epochs, on its next batch:")
+        self.say(str(self.trainer.diagnose(self._rows(self.good_epochs, 0))))
+        raise BlownUp(self._left()) from None
+
+    def _rows(self, epoch: int, batch: int) -> np.ndarray:
+        """The training samples of one batch."""
+        size = self.options.batch_size
+        return self.task.order(epoch)[batch * size : (batch + 1) * size]
+
+    def _left(self) -> str:
+        there = list(checkpoint.numbered(self.place.folder).values())
+        return f"The last checkpoint is {there[-1]}." if there else "No checkpoint was saved yet."
+
+    def _save(self, arrays: dict[str, np.ndarray], numbers: dict, history: GradientHistory) -> None:
+        done = len(self.epochs)
+        history.save(self.place.folder / f"history-{done:06d}.npz")
+        checkpoint.save(
+            self.place.folder,
+            done,
+            arrays,
+            {
+                "options": asdict(self.options),
+                "epochs_done": done,
+                "epochs": [epoch._asdict() for epoch in self.epochs],
+                "trainer": numbers,
+            },
+        )
+
+
+@contextmanager
+def _log(logdir: str | None) -> Iterator[Callable[[Epoch, GradientHistory, int], None]]:
+    """Write TensorBoard's events, or nothing without a folder for them."""
+    if logdir is None:
+        yield lambda epoch, history, offset: None
+        return
+    from tensorboardX import SummaryWriter
+
+    try:
+        writer = SummaryWriter(logdir)
+    except OSError as error:
+        raise BadOption(f"--logdir {logdir} cannot be written: {error}") from None
+    written = -1
+
+    def log(epoch: Epoch, history: GradientHistory, offset: int) -> None:
+        nonlocal written
+        for step, total, norms in zip(history.steps, history.total, history.norms, strict=True):
+            if step > written and step % LOG_EVERY == 0:
+                writer.add_scalar("grad_norm/total", total, offset + step)
+                for name, norm in zip(history.names, norms, strict=True):
+                    writer.add_scalar(f"grad_norm/{name}", norm, offset + step)
+        written = history.steps[-1]
+        last = offset + written + 1
+        for name, value in epoch._asdict().items():
+            if name != "epoch":
+                writer.add_scalar(name.replace("_", "/"), value, last)
+
+    with writer:
+        yield log

@@ -1,0 +1,150 @@
+"""Checkpoints: what is saved comes back, what was damaged is refused, a kill leaves none halved."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gradlab import checkpoint
+
+ARRAYS = {
+    "weight": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
+    "count": np.array(7, np.int64),
+    "empty": np.zeros((0, 4)),
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return checkpoint.save(tmp_path, 3, ARRAYS, {"epochs_done": 3})
+
+
+def test_what_is_saved_comes_back(saved):
+    there = checkpoint.load(saved)
+    assert there.record["epochs_done"] == 3
+    assert set(there.arrays) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert (there.arrays[name].dtype, there.arrays[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(there.arrays[name], array)
+    assert sorted(path.name for path in saved.parent.iterdir()) == [
+        "checkpoint-000003.json",
+        "checkpoint-000003.safetensors",
+    ]
+
+
+def test_the_newest_is_last_whatever_the_digits(tmp_path):
+    for number in (2, 10, 1_000_000, 9):
+        checkpoint.save(tmp_path, number, {}, {})
+    (tmp_path / "checkpoint-000099.json.bak").write_text("{}")
+    assert list(checkpoint.numbered(tmp_path)) == [2, 9, 10, 1_000_000]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def other(key, value):
+    def change(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "says"),
+    [
+        (".safetensors", flip, "is not what was saved"),
+        (".safetensors", cut, "is not what was saved"),
+        (".safetensors", lambda path: path.unlink(), "cannot be read"),
+        (".json", cut, "cannot be read as JSON"),
+        (".json", lambda path: path.unlink(), "there is no checkpoint"),
+        (".json", lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
+        (".json", lambda path: path.write_text("[]"), "is no checkpoint of gradlab"),
+        (".json", other("format", "gradlab checkpoint 2"), "is no checkpoint of gradlab"),
+        (".json", other("sha256", None), "is not what was saved"),
+        (".json", other("arrays", "../other.safetensors"), "names no arrays beside it"),
+        (".json", other("arrays", 5), "names no arrays beside it"),
+    ],
+)
+def test_a_damaged_one_is_refused(saved, suffix, damage, says):
+    damage(saved.with_suffix(suffix))
+    with pytest.raises(checkpoint.BadCheckpoint, match=says):
+        checkpoint.load(saved)
+
+
+def test_arrays_of_another_format_are_refused(saved):
+    import pickle
+
+    data = saved.with_suffix(".safetensors")
+    data.write_bytes(pickle.dumps({"weight": 1}))
+    other("sha256", checkpoint.digest(data))(saved)
+    with pytest.raises(checkpoint.BadCheckpoint, match="is no safetensors file"):
+        checkpoint.load(saved)
+
+
+def test_a_refusal_names_the_newest_of_the_others(tmp_path):
+    for number in (1, 2, 3):
+        checkpoint.save(tmp_path, number, ARRAYS, {})
+    flip(tmp_path / "checkpoint-000003.safetensors")
+    with pytest.raises(checkpoint.BadCheckpoint, match=r"newest .*checkpoint-000002\.json"):
+        checkpoint.load(tmp_path / "checkpoint-000003.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "kept"
+    path.write_text("old")
+
+    def half():
+        with checkpoint.replacing(path) as partial:
+            partial.write_text("ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_at_any_moment_leaves_the_newest_whole(tmp_path):
+    # The same numbers again and again: a file that is being replaced is the one that is read.
+    program = (
+        "import sys, itertools, numpy as np\n"
+        "from pathlib import Path\n"
+        "from gradlab import checkpoint\n"
+        "for i in itertools.count():\n"
+        "    arrays = {'a': np.full(200_000, i, np.float32)}\n"
+        "    checkpoint.save(Path(sys.argv[1]), i % 3, arrays, {'i': i})\n"
+    )
+    rng, seen = random.Random(0), set()
+    for _ in range(10):
+        writer = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+        give_up = time.monotonic() + 60
+        while not checkpoint.numbered(tmp_path) and time.monotonic() < give_up:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.3, 0.8))
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        whole = 0
+        for path in checkpoint.numbered(tmp_path).values():
+            try:
+                there = checkpoint.load(path)
+            except checkpoint.BadCheckpoint:
+                continue  # between the two replacements of one number: refused, never half loaded
+            whole += 1
+            assert set(there.arrays["a"]) == {there.record["i"]}
+            seen.add(there.record["i"])
+        assert whole >= 2
+    assert len(seen) > 3

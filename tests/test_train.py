@@ -1,0 +1,506 @@
+"""`gradlab train`: what it refuses, that a kill costs nothing, that both frameworks agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradlab import checkpoint, cli, convnet, training
+from gradlab.history import GradientHistory
+
+SIDES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in training.FRAMEWORKS]
+MOMENTUM = ("momentum", "nesterov")
+QUICK = ("--model-name", "mlp", "--train-load-size", "200", "--num-epochs", "2")
+
+
+def train(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, what was printed, what was complained of."""
+    capsys.readouterr()
+    try:
+        code = cli.main(["train", *map(str, arguments)])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def arrays_of(folder: Path) -> dict[str, np.ndarray]:
+    return checkpoint.load(list(checkpoint.numbered(folder).values())[-1]).arrays
+
+
+def assert_same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
+    assert set(one) == set(two)
+    for name, array in one.items():
+        assert array.tobytes() == two[name].tobytes(), name
+
+
+# ---------------------------------------------------------------------------------------------
+# What it refuses
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Writes a data file that the command may be given."""
+
+    def write(**arrays):
+        path = tmp_path / "data.npz"
+        rng = np.random.default_rng(0)
+        given = {"x": rng.normal(size=(40, 3)), "y": np.arange(40) % 4} | arrays
+        np.savez(path, **{name: array for name, array in given.items() if array is not None})
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--framework", "jax"], "--framework must be one of torch, tensorflow"),
+        (["--framework", "pytorch"], "PyTorch's name in Python is torch"),
+        (["--model-name", "resnet"], "--model-name must be one of nn, mlp, deep"),
+        (["--optimizer", "lion"], "--optimizer must be one of sgd"),
+        (["--loss", "hinge"], "--loss must be one of cross-entropy, mse"),
+        (["--loss", "gradient-descent"], "--optimizer sgd"),
+        (["--lr-schedule", "cos"], "--lr-schedule must be one of constant"),
+        (["--weight-initialization", "ones"], "must be one of he, glorot, orthogonal, zeros"),
+        (["--precision", "int8"], "--precision must be one of float32"),
+        (["--on-nonfinite", "ignore"], "--on-nonfinite must be one of record, skip, raise"),
+        (["--num-epochs", "0"], "--num-epochs must be a whole number from 1 up, got 0"),
+        (["--num-epochs", "-3"], "--num-epochs must be"),
+        (["--num-epochs", "2.5"], "argument --num-epochs: invalid int value: '2.5'"),
+        (["--num-epochs", "1" + "0" * 12], "--num-epochs must be"),
+        (["--batch-size", "0"], "--batch-size must be"),
+        (["--batch-size", "-32"], "--batch-size must be"),
+        (["--save-interval", "0"], "--save-interval must be"),
+        (["--train-load-size", "0"], "--train-load-size must be a share above 0"),
+        (["--train-load-size", "-1"], "--train-load-size must be"),
+        (["--train-load-size", "1.5"], "--train-load-size must be"),
+        (["--train-load-size", "nan"], "--train-load-size must be"),
+        (["--train-load-size", "100001"], "asks for 100001 samples, and there are 100000"),
+        (["--validation-load-size", "1e9"], "--validation-load-size asks for 1000000000 samples"),
+        (["--test-load-size", "inf"], "--test-load-size must be"),
+        (["--lr", "0"], "--lr must be a finite number above 0"),
+        (["--lr", "-0.1"], "--lr must be"),
+        (["--lr", "nan"], "--lr must be"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--clip-norm", "0"], "--clip-norm must be above 0"),
+        (["--clip-norm", "nan"], "--clip-norm must be above 0"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--seed", "5000000000"], "--seed must be"),
+        (["--resume", "--reset"], "give one of them"),
+        (["--resume"], "there is no folder"),
+        (["--data", "nowhere.npz"], "there is no such file"),
+        (["--momentum", "0.9"], "unrecognized arguments: --momentum"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_changes_nothing(capsys, tmp_path, arguments, says):
+    code, out, err = train(capsys, "--save-path", tmp_path / "run", *arguments)
+    assert code == cli.BAD_INPUT
+    assert says in err
+    assert err.startswith("gradlab: ")
+    assert err.count("\n") == 1
+    assert not out
+    assert not (tmp_path / "run").exists()
+
+
+def x_with(value):
+    x = np.ones((40, 3))
+    x[7, 2] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"x": x_with(np.nan)}, "x[7, 2] is nan, the first of 1 numbers that are not finite"),
+        ({"x": x_with(-np.inf)}, "x[7, 2] is -inf"),
+        ({"x": x_with(1e39)}, "x[7, 2] is inf"),  # float32 cannot hold it
+        ({"x": None}, "it needs arrays named x and y"),
+        ({"y": np.arange(39)}, "x must be (samples, features) and y (samples,)"),
+        ({"x": np.ones(40)}, "x must be (samples, features) and y (samples,)"),
+        ({"x": np.ones((40, 0))}, "x must be (samples, features)"),
+        ({"y": np.linspace(0, 1, 40)}, "y must hold class numbers 0, 1, 2, …, got float64"),
+        ({"y": np.arange(40) - 1}, "y must hold class numbers 0, 1, 2, …, got int64 from -1"),
+        ({"x": np.full((40, 3), "a")}, "x must hold real numbers"),
+        ({"x": np.ones((5, 3)), "y": np.arange(5)}, "ten samples are the least, got 5"),
+        ({"x": np.array([{"a": 1}] * 40, dtype=object)}, "cannot be read as an .npz file"),
+    ],
+)
+def test_bad_data_are_refused(capsys, tmp_path, npz, arrays, says):
+    code, _, err = train(capsys, "--save-path", tmp_path / "run", "--data", npz(**arrays))
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+    assert says in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_another_kind_is_refused(capsys, tmp_path):
+    (tmp_path / "data.npz").write_text("no zip")
+    code, _, err = train(capsys, "--data", tmp_path / "data.npz", "--save-path", tmp_path / "run")
+    assert code == cli.BAD_INPUT
+    assert "cannot be read as an .npz file" in err
+
+
+def test_a_path_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    code, _, err = train(capsys, *QUICK, "--save-path", tmp_path / "file" / "run")
+    assert code == cli.BAD_INPUT
+    assert "cannot be written" in err
+    code, _, err = train(
+        capsys, *QUICK, "--save-path", tmp_path / "run", "--logdir", tmp_path / "file"
+    )
+    assert code == cli.BAD_INPUT
+    assert f"--logdir {tmp_path / 'file'} cannot be written" in err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A folder with a finished run in PyTorch; copied, never changed."""
+    folder = tmp_path_factory.mktemp("done")
+    assert cli.main(["train", *QUICK, "--save-path", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(done, tmp_path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+def damaged(path, change):
+    content = path.read_bytes()
+    path.write_bytes(change(content))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "already holds a run"),
+        (["--resume", "--seed", "1"], "--seed was 0 and is 1"),
+        (["--resume", "--lr", "0.1"], "--lr was 0.001 and is 0.1"),
+        (["--resume", "--framework", "tensorflow"], "--framework was 'torch' and is 'tensorflow'"),
+        (["--resume", "--optimizer", "sgd"], "--optimizer was 'adam' and is 'sgd'"),
+        (["--resume", "--model-name", "deep"], "--model-name was 'mlp' and is 'deep'"),
+        (["--resume", "--num-epochs", "1"], "has 2 epochs behind it, --num-epochs asks for 1"),
+        (["--resume", "--lr-schedule", "cosine"], "--lr-schedule was 'constant'"),
+    ],
+)
+def test_a_run_is_neither_overwritten_nor_mixed_with_another(capsys, run, arguments, says):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    code, _, err = train(capsys, *QUICK, "--save-path", run, *arguments)
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+    assert says in err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "says"),
+    [
+        (".safetensors", lambda content: content[:-9], "is not what was saved"),
+        (".safetensors", lambda content: content[:-1] + b"\x7f", "is not what was saved"),
+        (".json", lambda content: content[:50], "cannot be read as JSON"),
+        (".json", lambda content: b'{"epoch": 2}', "is no checkpoint of gradlab"),
+        (".json", lambda content: content.replace(b"epochs_done", b"epochs_gone"), "does not say"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused(capsys, run, suffix, change, says):
+    damaged(run / f"checkpoint-000002{suffix}", change)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    code, _, err = train(capsys, *QUICK, "--save-path", run, "--resume")
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+    assert says in err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_arrays_of_another_network_are_refused(capsys, run):
+    there = checkpoint.load(run / "checkpoint-000002.json")
+    arrays = {
+        name: array[..., :-1] if array.ndim else array for name, array in there.arrays.items()
+    }
+    record = {k: v for k, v in there.record.items() if k not in ("format", "arrays", "sha256")}
+    checkpoint.save(run, 2, arrays, record)
+    code, _, err = train(capsys, *QUICK, "--save-path", run, "--resume", "--num-epochs", "3")
+    assert code == cli.BAD_INPUT
+    assert "does not fit this network" in err
+
+
+def test_reset_deletes_the_run_and_nothing_else(capsys, run):
+    (run / "notes.txt").write_text("mine")
+    assert train(capsys, *QUICK, "--save-path", run, "--reset", "--num-epochs", "1")[0] == 0
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint-000001.json",
+        "checkpoint-000001.safetensors",
+        "history-000001.npz",
+        "notes.txt",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Rates, sizes, weights
+
+
+def test_the_schedules():
+    options = training.Options(lr=2.0)
+
+    def rates(name):
+        return training.learning_rates(replace(options, lr_schedule=name), 100)
+
+    np.testing.assert_array_equal(rates("constant"), 2.0)
+    step = rates("step")
+    np.testing.assert_allclose(step[[0, 49, 50, 74, 75, 99]], [2, 2, 0.2, 0.2, 0.02, 0.02])
+    cosine = rates("cosine")
+    np.testing.assert_allclose(cosine[[0, 50]], [2, 1], atol=1e-12)
+    assert (np.diff(cosine) < 0).all()
+    warm = rates("warmup-cosine")
+    np.testing.assert_allclose(warm[:6], [0.4, 0.8, 1.2, 1.6, 2.0, 2.0], rtol=1e-3)
+    assert (np.diff(warm[5:]) < 0).all()
+    for steps in (1, 2, 3):  # the shortest runs
+        for name in training.SCHEDULES:
+            short = training.learning_rates(replace(options, lr_schedule=name), steps)
+            assert short.shape == (steps,)
+            assert (short > 0).all()
+
+
+def test_the_articles_network_has_its_numbers():
+    task = training.problem(training.Options())
+    assert task.train.x.shape == (100_000, 10)
+    assert set(np.unique(task.train.y)) == set(range(100))
+    assert task.steps_per_epoch == 3125
+    assert [name for name in task.weights if name.endswith("weight")] == [
+        f"{name}.weight" for name in ("conv0", "conv1", "hidden", "output")
+    ]
+    seen = np.concatenate([task.order(0), task.order(1)])
+    np.testing.assert_array_equal(np.bincount(seen), 2)
+    assert (task.order(0) != task.order(1)).any()
+
+
+def test_a_share_and_a_number_of_samples():
+    task = training.problem(
+        training.Options(train_load_size=0.01, validation_load_size=7, test_load_size=1)
+    )
+    assert (len(task.train.x), len(task.validation.x), len(task.test.x)) == (1000, 7, 12_500)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (3, 20, 50)])
+def test_drawn_weights_have_their_scheme_s_spread(shape):
+    fan_in = int(np.prod(shape[:-1]))
+    fan_out = shape[-1] * int(np.prod(shape[:-2]))
+    rng = np.random.default_rng(0)
+    for scheme, variance in (("he", 2 / fan_in), ("glorot", 2 / (fan_in + fan_out))):
+        drawn = convnet.draw(shape, scheme, rng)
+        assert drawn.shape == shape
+        assert drawn.var() == pytest.approx(variance, rel=0.1)
+    matrix = convnet.draw(shape, "orthogonal", rng).reshape(fan_in, -1)
+    np.testing.assert_allclose(np.linalg.svd(matrix)[1], np.sqrt(2))
+    assert not convnet.draw(shape, "zeros", rng).any()
+    with pytest.raises(ValueError, match="scheme must be one of"):
+        convnet.draw(shape, "ones", rng)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def test_both_frameworks_take_the_same_steps(capsys, tmp_path):
+    for model in ("nn", "mlp"):
+        for optimizer in training.OPTIMIZERS:
+            found = []
+            for side in training.FRAMEWORKS:
+                options = training.Options(
+                    framework=side,
+                    model_name=model,
+                    train_load_size=96,
+                    num_epochs=1,
+                    optimizer=optimizer,
+                    precision="float64",
+                    lr=1e-3 if optimizer in ("adam", "rmsprop") else 0.05,
+                    # Keras keeps the rate inside the momentum, PyTorch outside: another rule as
+                    # soon as the rate changes.
+                    lr_schedule="constant" if optimizer in MOMENTUM else "warmup-cosine",
+                    clip_norm=0.5,
+                    loss="cross-entropy" if optimizer != "sgd" else "mse",
+                    save_path=str(tmp_path / f"{side}-{model}-{optimizer}"),
+                )
+                training.run(options, lambda line: None)
+                found.append(arrays_of(Path(options.save_path)))
+            start = training.problem(options).weights
+            one, two = (
+                np.concatenate([(a[f"model.{name}"] - w).ravel() for name, w in start.items()])
+                for a in found
+            )
+            # Adam and RMSprop: the two put ε in different places.
+            allowed = 0.1 if optimizer in ("adam", "rmsprop") else 1e-5
+            distance = np.linalg.norm(one - two) / np.linalg.norm(one)
+            assert distance < allowed, (model, optimizer)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_a_resumed_run_ends_with_the_same_weights(capsys, tmp_path, side, precision):
+    shared = [*QUICK, "--framework", side, "--precision", precision, "--lr-schedule", "constant"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(capsys, *shared, "--num-epochs", 3, "--save-path", whole)[0] == 0
+    assert train(capsys, *shared, "--num-epochs", 1, "--save-path", parts)[0] == 0
+    code, out, _ = train(capsys, *shared, "--num-epochs", 3, "--save-path", parts, "--resume")
+    assert code == 0
+    assert "2 of 3 epochs to go" in out
+    assert_same(arrays_of(whole), arrays_of(parts))
+    record = json.loads((parts / "checkpoint-000003.json").read_text())
+    assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2, 3]
+    # And a run that is done is only tested once more.
+    code, out, _ = train(capsys, *shared, "--num-epochs", 3, "--save-path", parts, "--resume")
+    assert code == 0
+    assert "0 of 3 epochs to go" in out
+    assert "accuracy" in out
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_run_that_blows_up_is_explained(capsys, tmp_path, side):
+    code, out, err = train(
+        capsys,
+        *("--framework", side, "--model-name", "deep", "--optimizer", "sgd", "--lr", 30),
+        *("--num-epochs", 2, "--save-path", tmp_path),
+    )
+    assert code == cli.BLEW_UP
+    assert "is not finite. The step was not taken" in out
+    assert "The same of the network after 0 epochs" in out
+    assert "Divergence at " in out.split("The same of")[1]
+    assert "No checkpoint was saved yet" in err
+    history = GradientHistory.load(tmp_path / "history-at-the-end.npz")
+    assert history.first_nonfinite is not None
+    assert not checkpoint.numbered(tmp_path)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("way", ["skip", "record"])
+def test_a_lost_network_is_not_saved(capsys, tmp_path, side, way):
+    code, _, err = train(
+        capsys,
+        *("--framework", side, "--model-name", "deep", "--optimizer", "sgd", "--lr", 30),
+        *("--num-epochs", 4, "--save-interval", 1, "--save-path", tmp_path),
+        *("--on-nonfinite", way),
+    )
+    assert code == cli.BLEW_UP
+    assert "Run again with --on-nonfinite raise" in err
+    for path in checkpoint.numbered(tmp_path).values():
+        assert all(np.isfinite(array).all() for array in checkpoint.load(path).arrays.values())
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_log_holds_losses_and_norms(capsys, tmp_path, side):
+    from tensorboardX.proto.event_pb2 import Event
+
+    log = tmp_path / "log"
+    assert (
+        train(
+            capsys, *QUICK, "--framework", side, "--save-path", tmp_path / "run", "--logdir", log
+        )[0]
+        == 0
+    )
+    content, tags = next(log.iterdir()).read_bytes(), {}
+    while content:  # length (8), its checksum (4), the event, its checksum (4)
+        length = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + length])
+        for value in event.summary.value:
+            tags.setdefault(value.tag, []).append((event.step, value.simple_value))
+        content = content[16 + length :]
+    assert {"loss", "validation/loss", "validation/accuracy", "grad_norm/total"} <= set(tags)
+    assert [step for step, _ in tags["loss"]] == [7, 14]
+    assert all(norm > 0 for _, norm in tags["grad_norm/total"])
+
+
+def started(side: str, folder: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "gradlab", "train", "--framework", side, *QUICK]
+    command += ["--num-epochs", "40", "--save-interval", "1", "--save-path", str(folder), *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+    )
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_killed_run_resumes_to_the_same_weights(capsys, tmp_path, side):
+    folder, rng = tmp_path / "killed", random.Random()
+    for _ in range(2):
+        run = started(side, folder, *(["--resume"] if checkpoint.numbered(folder) else []))
+        # Once it has begun, at a random moment of its work.
+        before, give_up = len(checkpoint.numbered(folder)), time.monotonic() + 120
+        while len(checkpoint.numbered(folder)) == before and time.monotonic() < give_up:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    last = started(side, folder, "--resume")
+    out, _ = last.communicate(timeout=240)
+    assert last.returncode == 0, out
+    whole = tmp_path / "whole"
+    arguments = [*QUICK, "--framework", side, "--num-epochs", 40]
+    assert train(capsys, *arguments, "--save-path", whole)[0] == 0
+    assert_same(arrays_of(folder), arrays_of(whole))
+
+
+def test_two_processes_under_torchrun_take_the_steps_of_one(capsys, tmp_path):
+    shared = [*QUICK, "--precision", "float64", "--clip-norm", "1", "--batch-size", "33"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "gradlab", "train", *shared, "--save-path", str(tmp_path / "two")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("epoch 1:") == 1
+    assert train(capsys, *shared, "--save-path", tmp_path / "one")[0] == 0
+    one, two = arrays_of(tmp_path / "one"), arrays_of(tmp_path / "two")
+    assert set(one) == set(two)
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_tensorflow_under_torchrun_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = train(
+        capsys, *QUICK, "--framework", "tensorflow", "--save-path", tmp_path / "run"
+    )
+    assert code == cli.BAD_INPUT
+    assert "use --framework torch" in err
+
+
+def test_an_interrupted_run_says_where_it_goes_on(capsys, run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run", interrupt)
+    code, _, err = train(capsys, "--save-path", run)
+    assert code == cli.INTERRUPTED
+    assert "checkpoint-000002.json" in err
+
+
+# ---------------------------------------------------------------------------------------------
+# The other command, and the entry
+
+
+def test_the_ledger_can_be_asked(capsys):
+    root = Path(__file__).resolve().parent.parent
+    registry = ["--registry", str(root / "book" / "claims.yml")]
+    assert cli.main(["claims", *registry]) == 0
+    assert "A1.16" in capsys.readouterr().out
+    assert cli.main(["claims", "A1.16", *registry]) == 0
+    assert "12_xla" in capsys.readouterr().out
+    assert cli.main(["claims", "A9.9", *registry]) == cli.BAD_INPUT
+    assert "there is no claim 'A9.9'" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    for call in (["--help"], ["train", "--help"]):
+        run = subprocess.run(
+            [sys.executable, "-m", "gradlab", *call], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        assert "gradlab" in run.stdout
