@@ -2,7 +2,7 @@
 
     python benchmarks/xla.py                    # every model, both frameworks: a table
     python benchmarks/xla.py --models deep loop --repeats 5
-    python benchmarks/xla.py --save             # writes xla_cpu.json or xla_gpu.json in benchmarks/data
+    python benchmarks/xla.py --save             # benchmarks/data/xla_cpu.json or xla_gpu.json
 
 A step is the forward pass, the backward pass and the update.  The ways of running it take turns,
 and a ratio is the median over the turns, so that a machine that slows down slows all of them.  On a
@@ -139,8 +139,9 @@ class TensorFlow:
         return {name: lambda run=run: run(w, x) for name, run in found.items()}
 
     def wait(self, result) -> None:
-        for array in result[:1]:
-            array.numpy()
+        result[-1].numpy()
+        if self.gpus:
+            self.tf.test.experimental.sync_devices()
 
 
 class PyTorch:
