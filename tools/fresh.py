@@ -38,6 +38,7 @@ def inputs(root: Path) -> Iterator[Path]:
     for path in sorted((root / "src").rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts and ".egg-info" not in str(path):
             yield path
+    yield from sorted((root / "benchmarks" / "data").glob("*.json"))
     for name in ("book/claims.yml", "constraints.txt", "pyproject.toml"):
         if (root / name).is_file():
             yield root / name
