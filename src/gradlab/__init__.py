@@ -25,6 +25,7 @@ _MODULES = frozenset(
         "mlp",
         "notebook",
         "plot",
+        "processes",
         "recurrent",
         "remedies",
         "residual",

@@ -41,6 +41,7 @@ __all__ = ["WorkerFailed", "Workers"]
 
 _SPAWN = multiprocessing.get_context("spawn")  # neither framework survives a fork
 _GRACE = 1.0  # seconds in which a death may still explain the errors of those who waited for it
+_ECHO = 5.0  # seconds to wait for the errors that a death causes in others
 _TAIL = 1500  # characters of a dead worker's standard error that the message shows
 _STACKS = getattr(signal, "SIGUSR1", None)  # asks a worker where it is; Windows has none
 
@@ -51,11 +52,14 @@ class WorkerFailed(RuntimeError):
     Attributes:
         ranks: the workers that failed first; of a call out of time, all that had not answered.
         kind: "raised", "died" or "late".
+        others: what other workers raised soon after a death, by rank; often its consequence.
     """
 
-    def __init__(self, message: str, ranks: list[int], kind: str) -> None:
+    def __init__(
+        self, message: str, ranks: list[int], kind: str, others: dict[int, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.ranks, self.kind = ranks, kind
+        self.ranks, self.kind, self.others = ranks, kind, others or {}
 
 
 class Workers:
@@ -186,15 +190,21 @@ class Workers:
         """The death that others' errors follow from, if there is one; else the first error."""
         sentinels = [process.sentinel for process in self._processes]
         dead = first or [sentinels.index(s) for s in connection.wait(sentinels, _GRACE)]
-        if dead:
-            rank = min(dead)
-            self._processes[rank].join(_GRACE)
-            how = _ending(self._processes[rank].exitcode)
-            text = f"worker {rank} of {self.size} {how} during {name}{self._said(rank)}"
-            return WorkerFailed(text, [rank], "died")
-        rank, error = next(iter(errors.items()))
-        text = f"worker {rank} of {self.size} raised in {name}: {error}"
-        return WorkerFailed(text, [rank], "raised")
+        if not dead:
+            rank, error = next(iter(errors.items()))
+            text = f"worker {rank} of {self.size} raised in {name}: {error}"
+            return WorkerFailed(text, [rank], "raised")
+        rank = min(dead)
+        self._processes[rank].join(_GRACE)
+        how = _ending(self._processes[rank].exitcode)
+        text = f"worker {rank} of {self.size} {how} during {name}{self._said(rank)}"
+        end = time.monotonic() + _ECHO
+        for other, pipe in enumerate(self._pipes):
+            if other not in {*dead, *errors} and pipe.poll(max(0, end - time.monotonic())):
+                with suppress(EOFError, OSError):
+                    errors[other] = pipe.recv()
+        others = {r: error for r, error in sorted(errors.items()) if r not in dead and error}
+        return WorkerFailed(text, [rank], "died", others)
 
     def _late(self, name: str, ranks: list[int], limit: float) -> WorkerFailed:
         """All that have not answered, and where each of them is: some may wait for another."""

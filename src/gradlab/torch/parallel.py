@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     rank, size = join()
     log = train(**vars(parser.parse_args(arguments)))
     if rank == 0:
-        ends = ", ".join(f"{name} {values[-1]:.6f}" for name, values in log.items())
+        ends = ", ".join(f"{name} {values[-1]:.7g}" for name, values in log.items())
         print(f"{size} process{'es' * (size > 1)}: {ends}")
     dist.destroy_process_group()
 
