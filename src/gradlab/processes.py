@@ -66,7 +66,8 @@ class Workers:
     """Processes that wait for functions to run, all of them at once.
 
     Leaving the `with` block, or `close`, kills them and removes their folder.  So does the first
-    failure, an interrupted call, the end of this process, and even its violent end.
+    failure, an interrupted call, the end of this process, and even its violent end.  A worker
+    cannot start processes of its own through `multiprocessing`.
 
     Args:
         size: number of processes, ≥ 1; their ranks are 0 to size − 1.
@@ -184,7 +185,11 @@ class Workers:
             first = [rank for rank, sentinel in enumerate(sentinels) if sentinel in ready]
             if errors or first:
                 raise self._failure(name, errors, first)
-        return [pickle.loads(Path(f"{task}.{rank}").read_bytes()) for rank in range(self.size)]
+        results = [Path(f"{task}.{rank}") for rank in range(self.size)]
+        found = [pickle.loads(path.read_bytes()) for path in results]
+        for path in (task, *results):
+            path.unlink()
+        return found
 
     def _failure(self, name: str, errors: dict[int, str], first: list[int]) -> WorkerFailed:
         """The death that others' errors follow from, if there is one; else the first error."""
@@ -208,14 +213,16 @@ class Workers:
 
     def _late(self, name: str, ranks: list[int], limit: float) -> WorkerFailed:
         """All that have not answered, and where each of them is: some may wait for another."""
-        places = dict.fromkeys(ranks, "")
         if _STACKS is not None:
             for rank in ranks:
                 os.kill(self.pids[rank], _STACKS)
             end = time.monotonic() + _GRACE
-            while time.monotonic() < end and not all(places.values()):
+            # A stack is complete once it has come down to this file.
+            while time.monotonic() < end and not all(
+                __file__ in self._read(f"stack{rank}") for rank in ranks
+            ):
                 time.sleep(0.02)
-                places = {rank: self._place(rank) for rank in ranks}
+        places = {rank: self._place(rank) for rank in ranks}
         named = f"worker{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.size}"
         lines = [f"{named} had not finished {name} after {limit:g} s"]
         lines += [f"  worker {rank}: {place or 'place unknown'}" for rank, place in places.items()]

@@ -51,9 +51,11 @@ def join(limit: float = 1800.0) -> tuple[int, int]:
 
 
 def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every `.grad` by its mean over the processes, which must have the same parameters.
+    """Replace every `.grad` by its mean over the processes, in one all-reduce.
 
-    Where one process has no gradient, it takes part with zeros.
+    Args:
+        parameters: dense, of one dtype, the same in every process.  Where a process has no
+            gradient, it takes part with zeros.
     """
     parameters = [p for p in parameters if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
