@@ -41,7 +41,7 @@ __all__ = ["WorkerFailed", "Workers"]
 
 _SPAWN = multiprocessing.get_context("spawn")  # neither framework survives a fork
 _GRACE = 1.0  # seconds in which a death may still explain the errors of those who waited for it
-_ECHO = 5.0  # seconds to wait for the errors that a death causes in others
+_ECHO = 3.0  # seconds to wait for the errors that a death causes in others
 _TAIL = 1500  # characters of a dead worker's standard error that the message shows
 _STACKS = getattr(signal, "SIGUSR1", None)  # asks a worker where it is; Windows has none
 

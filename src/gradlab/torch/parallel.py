@@ -1,5 +1,7 @@
 """Data-parallel training with PyTorch: what each process runs, and one command that runs it.
 
+On one process, on four of this machine, on eight of two machines::
+
     python -m gradlab.torch.parallel                                   # one process
     torchrun --nproc-per-node 4 -m gradlab.torch.parallel              # four, on this machine
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d \\
