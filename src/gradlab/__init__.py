@@ -28,6 +28,7 @@ _MODULES = frozenset(
         "mlp",
         "notebook",
         "plot",
+        "processes",
         "recurrent",
         "remedies",
         "residual",
