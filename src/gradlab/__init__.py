@@ -17,6 +17,7 @@ _MODULES = frozenset(
         "data",
         "diagnosis",
         "forecast",
+        "formats",
         "history",
         "keras",
         "lanczos",
