@@ -23,12 +23,11 @@ def test_rounding_is_the_cast(name):
     ours, rng = FORMATS[name], np.random.default_rng(0)
     logs = np.log2(ours.smallest), np.log2(ours.largest)
     x = rng.choice([-1, 1], 20_000) * 2.0 ** rng.uniform(logs[0] - 3, logs[1] + 1, 20_000)
-    x = np.where(rng.random(20_000) < 0.3, x.astype(np.float32), x)
     edges = [0.0, ours.overflow, ours.largest, ours.smallest / 2, np.inf, -np.inf, 0.1, 3.0]
     x = np.concatenate([x, edges, np.nextafter(edges, 0), -np.array(edges)])
     # ml_dtypes casts float64 to bfloat16 through float32: give it numbers that float32 holds
-    x = x.astype(np.float32).astype(float) if name == "bfloat16" else x
     with np.errstate(over="ignore"):
+        x = x.astype(np.float32).astype(float) if name == "bfloat16" else x
         assert np.array_equal(ours.round(x), x.astype(DTYPES[name]).astype(float))
 
 
@@ -39,7 +38,8 @@ def test_ties_go_to_the_even_neighbour():
 
 def test_what_is_not_finite_stays():
     rounded = FORMATS["float16"].round([np.nan, np.inf, -np.inf, -1e9])
-    assert np.isnan(rounded[0]) and rounded[1:].tolist() == [np.inf, -np.inf, -np.inf]
+    assert np.isnan(rounded[0])
+    assert rounded[1:].tolist() == [np.inf, -np.inf, -np.inf]
 
 
 def test_float64_rounds_to_itself():
