@@ -32,9 +32,9 @@ class Format:
 
     @property
     def overflow(self) -> float:
-        """Numbers from here on round to inf: half a spacing above the largest.
+        """The first number that rounds to inf, half a spacing above the largest.
 
-        Infinite for float64, where it does not fit into a Python float.
+        It is inf for float64, where it does not fit into a Python float.
         """
         return float(np.float64(2 - 2.0**-self.digits) * np.float64(2) ** self.exponent)
 
