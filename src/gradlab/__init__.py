@@ -20,6 +20,7 @@ _MODULES = frozenset(
         "data",
         "diagnosis",
         "forecast",
+        "formats",
         "history",
         "keras",
         "lanczos",
