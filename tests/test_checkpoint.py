@@ -27,7 +27,7 @@ def saved(tmp_path):
 
 
 def test_what_is_saved_comes_back(saved):
-    there = checkpoint.load(saved)
+    there = checkpoint.load(str(saved))
     assert there.record["epochs_done"] == 3
     assert set(there.arrays) == set(ARRAYS)
     for name, array in ARRAYS.items():

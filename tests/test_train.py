@@ -100,7 +100,8 @@ def npz(tmp_path):
         (["--resume", "--reset"], "give one of them"),
         (["--resume"], "there is no folder"),
         (["--data", "nowhere.npz"], "there is no such file"),
-        (["--momentum", "0.9"], "unrecognized arguments: --momentum"),
+        (["--momentum", "0.9"], "unrecognized arguments: --momentum 0.9. See gradlab train --help"),
+        (["--num-epoch", "3"], "unrecognized arguments: --num-epoch 3"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_changes_nothing(capsys, tmp_path, arguments, says):
@@ -130,7 +131,10 @@ def x_with(value):
         ({"x": np.ones(40)}, "x must be (samples, features) and y (samples,)"),
         ({"x": np.ones((40, 0))}, "x must be (samples, features)"),
         ({"y": np.linspace(0, 1, 40)}, "y must hold class numbers 0, 1, 2, …, got float64"),
-        ({"y": np.arange(40) - 1}, "y must hold class numbers 0, 1, 2, …, got int64 from -1"),
+        ({"y": np.arange(40) - 1}, "of two classes or more, got 40 from -1 to 38"),
+        ({"y": np.zeros(40, int)}, "of two classes or more, got 1 from 0 to 0"),
+        ({"y": np.arange(40) % 2 * 1000}, "got 2 from 0 to 1000 for 40 samples"),
+        ({"y": np.array(["cat", "dog"] * 20)}, "y must hold class numbers 0, 1, 2, …, got <U3"),
         ({"x": np.full((40, 3), "a")}, "x must hold real numbers"),
         ({"x": np.ones((5, 3)), "y": np.arange(5)}, "ten samples are the least, got 5"),
         ({"x": np.array([{"a": 1}] * 40, dtype=object)}, "cannot be read as an .npz file"),
@@ -188,12 +192,11 @@ def damaged(path, change):
     [
         ([], "already holds a run"),
         (["--resume", "--seed", "1"], "--seed was 0 and is 1"),
-        (["--resume", "--lr", "0.1"], "--lr was 0.001 and is 0.1"),
         (["--resume", "--framework", "tensorflow"], "--framework was 'torch' and is 'tensorflow'"),
         (["--resume", "--optimizer", "sgd"], "--optimizer was 'adam' and is 'sgd'"),
         (["--resume", "--model-name", "deep"], "--model-name was 'mlp' and is 'deep'"),
         (["--resume", "--num-epochs", "1"], "has 2 epochs behind it, --num-epochs asks for 1"),
-        (["--resume", "--lr-schedule", "cosine"], "--lr-schedule was 'constant'"),
+        (["--resume", "--batch-size", "16"], "--batch-size was 32 and is 16"),
     ],
 )
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(capsys, run, arguments, says):
@@ -374,27 +377,45 @@ def test_a_run_that_blows_up_is_explained(capsys, tmp_path, side):
     )
     assert code == cli.BLEW_UP
     assert "is not finite. The step was not taken" in out
-    assert "The same of the network after 0 epochs" in out
-    assert "Divergence at " in out.split("The same of")[1]
-    assert "No checkpoint was saved yet" in err
+    assert "Divergence at " in out.split("The network after 0 epochs, on its next batch:")[1]
+    assert "No checkpoint was saved." in err
     history = GradientHistory.load(tmp_path / "history-at-the-end.npz")
     assert history.first_nonfinite is not None
     assert not checkpoint.numbered(tmp_path)
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("way", ["skip", "record"])
-def test_a_lost_network_is_not_saved(capsys, tmp_path, side, way):
-    code, _, err = train(
+@pytest.mark.parametrize(
+    "way", [("--on-nonfinite", "skip"), ("--on-nonfinite", "record"), ("--precision", "float16")]
+)
+def test_a_lost_network_is_explained_and_not_saved(capsys, tmp_path, side, way):
+    code, out, _ = train(
         capsys,
         *("--framework", side, "--model-name", "deep", "--optimizer", "sgd", "--lr", 30),
-        *("--num-epochs", 4, "--save-interval", 1, "--save-path", tmp_path),
-        *("--on-nonfinite", way),
+        *("--num-epochs", 4, "--save-path", tmp_path, *way),
     )
     assert code == cli.BLEW_UP
-    assert "Run again with --on-nonfinite raise" in err
+    # In float16, thirty layers are too many for the digits as well.
+    kind = "Precision at " if "float16" in way else "Divergence at "
+    assert kind in out.split("on its next batch:")[1]
     for path in checkpoint.numbered(tmp_path).values():
         assert all(np.isfinite(array).all() for array in checkpoint.load(path).arrays.values())
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_loss_that_grows_is_a_blow_up_also_in_the_last_epoch(capsys, tmp_path, side):
+    hot = (*QUICK, "--framework", side, "--optimizer", "sgd", "--save-path", tmp_path)
+    assert train(capsys, *hot, "--lr", 0.01, "--num-epochs", 1)[0] == 0
+    code, out, err = train(capsys, *hot, "--lr", 5, "--num-epochs", 2, "--resume")
+    assert code == cli.BLEW_UP
+    assert "--lr was 0.01 and is 5.0" in out
+    assert "The mean loss of this epoch is " in out
+    assert "Divergence at " in out.split("The network after 1 epochs")[1]
+    # The cure that it names is one that --resume takes.
+    assert "another --lr" in err
+    code, out, _ = train(capsys, *hot, "--lr", 0.01, "--num-epochs", 2, "--resume")
+    assert code == 0
+    assert "checkpoint-000002.json" in out
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -422,7 +443,7 @@ def test_the_log_holds_losses_and_norms(capsys, tmp_path, side):
 
 def started(side: str, folder: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "gradlab", "train", "--framework", side, *QUICK]
-    command += ["--num-epochs", "40", "--save-interval", "1", "--save-path", str(folder), *more]
+    command += ["--num-epochs", "40", "--save-path", str(folder), *more]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
     )
@@ -470,6 +491,18 @@ def test_tensorflow_under_torchrun_is_refused(capsys, tmp_path, monkeypatch):
     )
     assert code == cli.BAD_INPUT
     assert "use --framework torch" in err
+
+
+def test_a_terminated_run_says_so_in_what_it_wrote(tmp_path):
+    run = started("torch", tmp_path)
+    give_up = time.monotonic() + 120
+    while not checkpoint.numbered(tmp_path) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    run.terminate()
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == cli.INTERRUPTED
+    assert "epoch 1: loss" in out
+    assert "--resume goes on from" in out
 
 
 def test_an_interrupted_run_says_where_it_goes_on(capsys, run, monkeypatch):

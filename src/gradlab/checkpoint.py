@@ -103,7 +103,7 @@ def numbered(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint, after holding its arrays against their digest.
 
     Args:
@@ -115,6 +115,7 @@ def load(path: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.numpy import load as arrays_in
 
+    path = Path(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,12 @@ from gradlab import checkpoint, claims, convnet, data, training
 
 BAD_INPUT, BLEW_UP, INTERRUPTED = 2, 1, 130
 """Exit codes beside 0: what was asked for cannot be done; the run blew up; somebody stopped it."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The default, where there is one."""
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,9 +41,14 @@ def _parser() -> argparse.ArgumentParser:
         help="train a network, save it, and say why if it blows up",
         description="Train a network in either framework, from the same weights and on the same "
         "batches; save checkpoints that a kill cannot halve; record the gradients.",
-        epilog="Exit code: 0 done, 1 the run blew up (the diagnosis is printed), 2 bad input (and "
-        "nothing was changed), 130 interrupted. Under torchrun, PyTorch trains data-parallel.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="In --save-path: checkpoint-N.safetensors, weights and optimiser after N epochs; "
+        "checkpoint-N.json, its digest, the options and all losses; history-N.npz, gradient norms "
+        "of the last steps. Exit code: 0 done, 1 the run blew up (a gradient was not finite, or an "
+        "epoch's mean loss is ten times that of the untrained network; the diagnosis is printed), "
+        "2 bad input (and nothing was changed), 130 interrupted. Under torchrun, PyTorch trains "
+        "data-parallel.",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
     )
     default = training.Options()
 
@@ -50,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--framework", "what computes", **choice(tuple(training.FRAMEWORKS)))
     models = "; ".join(f"{name}: {what}" for name, what in training.MODELS.items())
     option("--model-name", f"what is trained. {models}", **choice(tuple(training.MODELS)))
-    option("--data", "blobs, digits, mnist, or an .npz file with x (samples, features) and y")
+    option(
+        "--data",
+        "blobs, digits, mnist, or an .npz file with x (samples, features) and y, class numbers "
+        "from 0 (default: the model's own)",
+    )
     option("--num-epochs", "passes over the training samples", type=int)
     option("--batch-size", "samples a step", type=int)
     for part in ("train", "validation", "test"):
@@ -61,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--optimizer", "update rule", **choice(training.OPTIMIZERS))
     option("--loss", "what is minimised", **choice(training.LOSSES))
     option("--lr", "learning rate, the highest of the schedule", type=float)
-    option("--lr-schedule", "how the rate changes", **choice(training.SCHEDULES))
+    option(
+        "--lr-schedule",
+        "how the rate changes: cosine falls to 0; step divides by ten after half and after three "
+        "quarters of the steps; warmup-cosine rises over the first 5%% of them, then falls",
+        **choice(training.SCHEDULES),
+    )
     option("--weight-initialization", "how weights begin", **choice(convnet.SCHEMES))
     option("--clip-norm", "clip the gradient to this total norm", type=float)
     option("--precision", "float16 and bfloat16 are mixed", **choice(training.PRECISIONS))
@@ -71,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--logdir", "write TensorBoard's events into this folder")
     option(
         "--on-nonfinite",
-        "at a gradient that is not finite: go on, leave the step out, or stop and diagnose",
+        "at a gradient that is not finite: record it and go on, skip the step, or raise: stop "
+        "before the step and diagnose it. (float16 skips such steps by itself, to find its scale)",
         **choice(training.ON_NONFINITE),
     )
     ledger = commands.add_parser("claims", help="the statements under test, and their verdicts")
@@ -82,7 +105,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
         options = training.Options(**given)
         training.run(options)
     except (
@@ -95,7 +124,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except training.BlownUp as error:
         print(f"gradlab: {error}", file=sys.stderr)
         return BLEW_UP
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl-C, or a termination
         there = list(checkpoint.numbered(Path(given["save_path"])).values())
         last = f"--resume goes on from {there[-1]}" if there else "nothing had been saved yet"
         print(f"\ngradlab: interrupted; {last}", file=sys.stderr)
@@ -128,5 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported
-    parsed = _parser().parse_args(arguments)
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        return _refuse(
+            f"unrecognized arguments: {' '.join(unknown)}. See gradlab {parsed.command} --help"
+        )
     return {"train": _train, "claims": _claims}[parsed.command](parsed)

@@ -63,7 +63,7 @@ class Options:
     train_load_size: float = 1.0
     validation_load_size: float = 1.0
     test_load_size: float = 1.0
-    save_interval: int = 10
+    save_interval: int = 1
     save_path: str = "runs/train"
     optimizer: str = "adam"
     loss: str = "cross-entropy"
@@ -126,6 +126,8 @@ _HINTS = {
 
 #: What may differ between a run and its resumption without changing a weight.
 _FREE = {"num_epochs", "save_interval", "save_path", "resume", "reset", "logdir", "on_nonfinite"}
+#: What may differ because it is how a run that blew up is mended; it is said.
+_CURES = {"lr", "lr_schedule", "clip_norm"}
 
 
 def _flag(name: str) -> str:
@@ -209,15 +211,18 @@ def _from_file(path: Path) -> Part:
             f"--data {path}: x must be (samples, features) and y (samples,), got {x.shape} and "
             f"{y.shape}"
         )
-    if not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
-        raise BadOption(
-            f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype} from "
-            f"{y.min() if len(y) else 'nothing'}"
-        )
+    if not np.issubdtype(y.dtype, np.integer):
+        raise BadOption(f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype}")
     if not np.issubdtype(x.dtype, np.number) or np.iscomplexobj(x):
         raise BadOption(f"--data {path}: x must hold real numbers, got {x.dtype}")
     if len(x) < 10:
         raise BadOption(f"--data {path}: ten samples are the least, got {len(x)}")
+    classes = np.unique(y)
+    if len(classes) < 2 or classes[0] < 0 or classes[-1] >= len(y):
+        raise BadOption(
+            f"--data {path}: y must hold class numbers 0, 1, 2, … of two classes or more, got "
+            f"{len(classes)} from {classes[0]} to {classes[-1]} for {len(y)} samples"
+        )
     with np.errstate(over="ignore"):  # what float32 cannot hold is reported below
         x = x.astype(np.float32)
     bad = np.argwhere(~np.isfinite(x))
@@ -367,6 +372,8 @@ class Place:
 
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, Path(options.save_path)
+        self.changed: list[str] = []  # what differs from the run that is resumed
+        self.created = not self.folder.exists()
         try:
             if not options.resume:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -401,13 +408,16 @@ class Place:
         before, now = record.get("options"), asdict(self.options)
         if not isinstance(before, dict) or not isinstance(record.get("epochs_done"), int):
             raise checkpoint.BadCheckpoint(f"{path} does not say what run it belongs to: --reset")
-        different = [
-            f"{_flag(f.name)} was {before.get(f.name)!r} and is {now[f.name]!r}"
+        changes = {
+            f.name: f"{_flag(f.name)} was {before.get(f.name)!r} and is {now[f.name]!r}"
             for f in fields(Options)
             if f.name not in _FREE and before.get(f.name) != now[f.name]
-        ]
+        }
+        self.changed = [changes.pop(name) for name in sorted(_CURES & set(changes))]
+        different = list(changes.values())
         done, wanted = record["epochs_done"], self.options.num_epochs
-        if before.get("num_epochs") != wanted and self.options.lr_schedule != "constant":
+        scheduled = self.options.lr_schedule != "constant" and not self.changed
+        if before.get("num_epochs") != wanted and scheduled:
             different.append(
                 f"--num-epochs was {before.get('num_epochs')} and is {wanted}, which changes the "
                 f"rates of --lr-schedule {self.options.lr_schedule}"
@@ -421,6 +431,11 @@ class Place:
             raise BadOption(
                 f"--resume: {path} has {done} epochs behind it, --num-epochs asks for {wanted}"
             )
+
+    def forget(self) -> None:
+        """Leave no empty folder behind when nothing is trained after all."""
+        if self.created and self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def clear(self) -> None:
         """Delete the checkpoints and histories of an earlier run, and nothing else."""
@@ -440,7 +455,12 @@ class Place:
             )
 
 
-def run(options: Options, say: Callable[[str], object] = print) -> list[Epoch]:
+def _say(line: str) -> None:
+    """Print at once, also into a file."""
+    print(line, flush=True)
+
+
+def run(options: Options, say: Callable[[str], object] = _say) -> list[Epoch]:
     """Train a network as `options` say, save it, and say how it went.
 
     Args:
@@ -457,10 +477,15 @@ def run(options: Options, say: Callable[[str], object] = print) -> list[Epoch]:
     task = problem(options)
     place = Place(options)
     side = FRAMEWORKS[options.framework]
-    trainer: Trainer = import_module(f"gradlab.{side}.train").Trainer(options, task)
-    speaks = trainer.rank == 0
-    with _log(options.logdir if speaks else None) as log:
-        return _Run(options, task, place, trainer, say if speaks else _say_nothing, log).finish()
+    try:
+        trainer: Trainer = import_module(f"gradlab.{side}.train").Trainer(options, task)
+        speaks = trainer.rank == 0
+        with _log(options.logdir if speaks else None) as log:
+            return _Run(
+                options, task, place, trainer, say if speaks else _say_nothing, log
+            ).finish()
+    finally:
+        place.forget()
 
 
 def _say_nothing(line: str) -> None:
@@ -504,10 +529,13 @@ class _Run:
 
         options, task, trainer = self.options, self.task, self.trainer
         self.say(
-            f"{options.model_name} in {options.framework}: {len(task.train.x)} training samples, "
+            f"{options.model_name} in {options.framework}: {len(task.train.x)} training samples of "
+            f"{task.spec.features} features and {task.spec.classes} classes, "
             f"{task.steps_per_epoch} steps an epoch, {options.num_epochs - self.first} of "
             f"{options.num_epochs} epochs to go"
         )
+        if self.place.changed:
+            self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
         self.start_loss, _ = trainer.evaluate(task.validation)
         if self.first < options.num_epochs:
             with tqdm(
@@ -520,7 +548,9 @@ class _Run:
                     trainer.fit(self.first, options.num_epochs, self.bar.update, self._after_epoch)
                 except FloatingPointError as error:  # the probe's, on either side
                     self.bar.close()
-                    self._explain(error)
+                    steps = task.steps_per_epoch
+                    at = divmod(self.first * steps + getattr(error, "step", 0), steps)
+                    self._explain(str(error), self._rows(*at))
             bad = trainer.history.first_nonfinite
             if bad:
                 self.say(
@@ -529,7 +559,7 @@ class _Run:
                     "left out."
                 )
         loss, accuracy = trainer.evaluate(task.test)
-        self.say(f"test loss {loss:.4g}, accuracy {accuracy:.1%}")
+        self.say(f"test loss {loss:.4g}, accuracy {accuracy:.1%}. {self._left()}")
         return self.epochs
 
     def _after_epoch(self, number: int, loss: float) -> None:
@@ -545,44 +575,45 @@ class _Run:
         )
         self.log(epoch, history, self.first * task.steps_per_epoch)
         arrays, numbers = self.trainer.state()
-        self._check(arrays, history)
+        self._check(done, loss, arrays, history)
         self.good, self.good_epochs = (arrays, numbers), done
         if self.speaks and (done % options.save_interval == 0 or done == options.num_epochs):
             self._save(arrays, numbers, history)
-        if loss > BLOWN_UP * self.start_loss and done < options.num_epochs:
-            self.say(f"The loss has grown from {self.start_loss:.4g}. What the next step would do:")
-            self.say(str(self.trainer.diagnose(self._rows(done, 0))))
 
-    def _check(self, arrays: dict[str, np.ndarray], history: GradientHistory) -> None:
+    def _check(
+        self, done: int, loss: float, arrays: dict[str, np.ndarray], history: GradientHistory
+    ) -> None:
         """A checkpoint of a network that is lost would only bury the last good one."""
         lost = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         if lost:
             bad = history.first_nonfinite
             since = f", since step {bad.step} ({bad.name})" if bad else ""
-            raise BlownUp(
-                f"{len(lost)} arrays are no longer finite, {lost[0]} first{since}. Run again with "
-                f"--on-nonfinite raise to stop before that step and see why. {self._left()}"
-            )
+            self._explain(f"{len(lost)} arrays are no longer finite, {lost[0]} first{since}.")
         if history.skipped[-self.task.steps_per_epoch :].all():
-            raise BlownUp(
-                "every step of this epoch was left out, for its gradient was not finite: nothing "
-                "is learnt any more. Run again with --on-nonfinite raise to see why. "
-                + self._left()
+            self._explain(
+                "Every step of this epoch was left out, for no gradient was finite.",
+                self._rows(done - 1, 0),
             )
+        if not loss <= BLOWN_UP * self.start_loss and self.options.on_nonfinite != "record":
+            self._explain(f"The mean loss of this epoch is {loss:.4g}, from {self.start_loss:.4g}.")
 
-    def _explain(self, error: FloatingPointError) -> None:
-        """Say what went wrong at a step that was not taken, and what its beginning looked like."""
-        self.say(str(error))
-        steps = self.task.steps_per_epoch
-        rows = self._rows(*divmod(self.first * steps + getattr(error, "step", 0), steps))
-        self.say(str(self.trainer.diagnose(rows)))
+    def _explain(self, sentence: str, rows: np.ndarray | None = None) -> None:
+        """Say what went wrong: at a step that was not taken, and before it went wrong at all."""
+        self.bar.close()
+        self.say(sentence)
+        if rows is not None:
+            self.say(str(self.trainer.diagnose(rows)))
+        history = self.place.folder / "history-at-the-end.npz"
         if self.speaks:
-            self.trainer.history.save(self.place.folder / "history-at-the-end.npz")
-        # The step that fails is often only the last of a series.
+            self.trainer.history.save(history)
+        # What fails is often only the last of a series.
         self.trainer.restore(*self.good)
-        self.say(f"\nThe same of the network after {self.good_epochs} epochs, on its next batch:")
+        self.say(f"\nThe network after {self.good_epochs} epochs, on its next batch:")
         self.say(str(self.trainer.diagnose(self._rows(self.good_epochs, 0))))
-        raise BlownUp(self._left()) from None
+        raise BlownUp(
+            f"the run blew up. {self._left()} The gradients of its last steps are in {history}; "
+            "--resume goes on, also with another --lr, --lr-schedule or --clip-norm"
+        ) from None
 
     def _rows(self, epoch: int, batch: int) -> np.ndarray:
         """The training samples of one batch."""
@@ -591,7 +622,7 @@ class _Run:
 
     def _left(self) -> str:
         there = list(checkpoint.numbered(self.place.folder).values())
-        return f"The last checkpoint is {there[-1]}." if there else "No checkpoint was saved yet."
+        return f"The last checkpoint is {there[-1]}." if there else "No checkpoint was saved."
 
     def _save(self, arrays: dict[str, np.ndarray], numbers: dict, history: GradientHistory) -> None:
         done = len(self.epochs)
