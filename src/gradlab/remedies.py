@@ -82,7 +82,7 @@ REMEDIES = {
         "The numbers are too large for the format, not wrong: keep this operation in float32 or "
         "bfloat16, or scale before you multiply and not after. Dynamic loss scaling helps when it "
         "is the gradient that does not fit.",
-        "Why did it blow up?",
+        "What can a number format hold?",
     ),
     "norm": Remedy(
         "Every gradient is a number, only their norm is not, so clipping by norm sets them to 0 or "
@@ -93,7 +93,7 @@ REMEDIES = {
     "underflow": Remedy(
         "Gradients are too small for the format. Scale the loss up before the backward pass and "
         "the gradients down after it (GradScaler, LossScaleOptimizer), or use bfloat16.",
-        "Why did it blow up?",
+        "How do you train in float16?",
     ),
     "cancellation": Remedy(
         "Digits are lost: look for differences of large, nearly equal numbers, and rewrite them "
