@@ -13,7 +13,7 @@ from pathlib import Path
 from gradlab import checkpoint, claims, convnet, data, training
 
 BAD_INPUT, BLEW_UP, INTERRUPTED = 2, 1, 130
-"""Exit codes beside 0: what was asked for cannot be done; the run blew up; somebody stopped it."""
+"""Exit codes beside 0, for what cannot be done, for a run that blew up or that somebody stopped."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

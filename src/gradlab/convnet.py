@@ -38,7 +38,7 @@ class ConvNetSpec:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape: (taps, in, out) for convolutions, (in, out) for dense layers."""
+        """The shape of each array by name, (taps, in, out) of a convolution, (in, out) of a layer."""
         first, second = self.channels
         kernels = {
             "conv0": (3, 1, first),

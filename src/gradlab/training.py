@@ -22,7 +22,7 @@ from gradlab import checkpoint, convnet, data, mlp
 from gradlab.history import ON_NONFINITE, GradientHistory
 
 FRAMEWORKS = {"torch": "torch", "tensorflow": "keras"}
-"""The command's word for a framework: the folder of its half of gradlab."""
+"""Which half of gradlab the command's word for a framework names."""
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "rmsprop")
 LOSSES = ("cross-entropy", "mse")
@@ -150,7 +150,9 @@ class Problem:
     """All that a `Trainer` needs beside the options.
 
     Attributes:
-        train, validation, test: the samples, standardised by the training part.
+        train: the training samples, each feature with mean 0 and standard deviation 1.
+        validation: what is looked at after every epoch, shifted and scaled as `train`.
+        test: what is looked at in the end, the same.
         spec: the network, a `convnet.ConvNetSpec` or an `mlp.MLPSpec`.
         weights: its initial weights.
         rates: (steps,), float64: the learning rate of every step of the whole run.

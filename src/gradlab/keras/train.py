@@ -140,7 +140,7 @@ class Trainer:
             after_epoch: called with the epoch and its mean loss.
 
         Raises:
-            NonFiniteGradientError: with on_nonfinite="raise".
+            FloatingPointError: the probe's, with on_nonfinite="raise".
         """
         if first == last:
             return

@@ -105,7 +105,7 @@ class Trainer:
             after_epoch: called with the epoch and its mean loss.
 
         Raises:
-            NonFiniteGradientError: with on_nonfinite="raise".
+            FloatingPointError: the probe's, with on_nonfinite="raise".
         """
         size, scaler, n = self.options.batch_size, self.scaler, len(self.y)
         rates = iter(self.problem.rates[first * self.problem.steps_per_epoch :])
