@@ -38,7 +38,7 @@ class ConvNetSpec:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array by name, (taps, in, out) of a convolution, (in, out) of a layer."""
+        """The shape of each array by name, (taps, in, out) or (in, out)."""
         first, second = self.channels
         kernels = {
             "conv0": (3, 1, first),
