@@ -123,9 +123,11 @@ def test_workers_that_nobody_holds_any_more_are_gone():
 
 
 HOLDER = """
-    import os, time
+    import os, signal, time
     from gradlab.processes import Workers
     if __name__ == "__main__":
+        # What a shell starts in the background ignores Ctrl-C, and hands that on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         workers = Workers(2, limit=90)
         workers.run(os.getpid)
         print(workers.folder, *workers.pids, flush=True)
