@@ -416,6 +416,17 @@ def test_a_loss_that_grows_is_a_blow_up_also_in_the_last_epoch(capsys, tmp_path,
     code, out, _ = train(capsys, *hot, "--lr", 0.01, "--num-epochs", 2, "--resume")
     assert code == 0
     assert "checkpoint-000002.json" in out
+    assert not list(tmp_path.glob("*at-the-end*"))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_resumed_run_is_judged_by_the_untrained_network(capsys, tmp_path, side):
+    shared = (*QUICK, "--framework", side, "--save-path", tmp_path)
+    assert train(capsys, *shared, "--num-epochs", 1)[0] == 0
+    assert train(capsys, *shared, "--num-epochs", 2, "--resume")[0] == 0
+    first, second = (checkpoint.load(p).record for p in checkpoint.numbered(tmp_path).values())
+    assert first["start_loss"] == second["start_loss"]
+    assert first["start_loss"] > first["epochs"][0]["validation_loss"]
 
 
 @pytest.mark.parametrize("side", SIDES)

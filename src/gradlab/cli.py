@@ -109,9 +109,10 @@ def _train(arguments: argparse.Namespace) -> int:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
+    on_main = threading.current_thread() is threading.main_thread()
     try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)
+        if on_main:
+            before = signal.signal(signal.SIGTERM, stop)
         options = training.Options(**given)
         training.run(options)
     except (
@@ -129,6 +130,9 @@ def _train(arguments: argparse.Namespace) -> int:
         last = f"--resume goes on from {there[-1]}" if there else "nothing had been saved yet"
         print(f"\ngradlab: interrupted; {last}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        if on_main:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -35,9 +35,12 @@ MODELS = {
 }
 """Name to what it is, and the data that it is trained on unless `--data` says otherwise."""
 
-#: The mean loss of an epoch that is this many times the first batch's is called a blow-up.
+#: The mean loss of an epoch that is this many times the untrained network's is called a blow-up.
 BLOWN_UP = 10.0
 
+
+#: The gradient norms of a run that blew up, beside its checkpoints.
+AT_THE_END = "history-at-the-end.npz"
 
 #: TensorBoard gets the gradient norms of every so many steps.
 LOG_EVERY = 50
@@ -358,7 +361,7 @@ class Epoch(NamedTuple):
 
 
 class BlownUp(RuntimeError):
-    """The run ended because its numbers are no longer finite."""
+    """The run ended because its numbers are no longer finite, or its loss grew out of hand."""
 
 
 class Place:
@@ -443,7 +446,7 @@ class Place:
         """Delete the checkpoints and histories of an earlier run, and nothing else."""
         for path in self.folder.glob("checkpoint-*.json"):
             path.unlink()  # first: without it the arrays stand for nothing
-        for pattern in ("checkpoint-*.safetensors", "history-*.npz", ".*.partial"):
+        for pattern in ("checkpoint-*.safetensors", "history-*.npz", ".checkpoint-*.partial"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
@@ -474,7 +477,8 @@ def run(options: Options, say: Callable[[str], object] = _say) -> list[Epoch]:
 
     Raises:
         BadOption, BadCheckpoint, DataUnavailable, ImportError: nothing was trained or overwritten.
-        BlownUp: the numbers stopped being finite.  The last checkpoint is from before.
+        BlownUp: the numbers stopped being finite, or an epoch's mean loss was `BLOWN_UP` times that
+            of the untrained network.  The last checkpoint is from before.
     """
     task = problem(options)
     place = Place(options)
@@ -508,17 +512,22 @@ class _Run:
     ) -> None:
         self.options, self.task, self.place, self.trainer = options, task, place, trainer
         self.say, self.log, self.speaks = say, log, trainer.rank == 0
-        self.first, self.epochs = 0, []
+        self.first, self.epochs, start_loss = 0, [], None
         if place.resumed is not None:
             record = place.resumed.record
             try:
                 trainer.restore(place.resumed.arrays, record["trainer"])
                 self.epochs = [Epoch(**epoch) for epoch in record["epochs"]]
+                start_loss = float(record["start_loss"])
             except (KeyError, ValueError, TypeError) as error:
                 raise checkpoint.BadCheckpoint(
                     f"{place.resumed.path} does not fit this network: {error}"
                 ) from None
             self.first = record["epochs_done"]
+        #: Of the untrained network, also after a resumption: both judge an epoch alike.
+        if start_loss is None:
+            start_loss, _ = trainer.evaluate(task.validation)
+        self.start_loss = start_loss
         #: Where training could go on from: the last epoch's end, and how many epochs that was.
         self.good, self.good_epochs = trainer.state(), self.first
         place.room(self.good[0])
@@ -538,7 +547,6 @@ class _Run:
         )
         if self.place.changed:
             self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
-        self.start_loss, _ = trainer.evaluate(task.validation)
         if self.first < options.num_epochs:
             with tqdm(
                 total=len(task.rates),
@@ -560,6 +568,8 @@ class _Run:
                     f"{len(trainer.history.steps)} steps, {trainer.history.skipped.sum()} were "
                     "left out."
                 )
+        if self.speaks:  # what an earlier attempt left would mislead now
+            (self.place.folder / AT_THE_END).unlink(missing_ok=True)
         loss, accuracy = trainer.evaluate(task.test)
         self.say(f"test loss {loss:.4g}, accuracy {accuracy:.1%}. {self._left()}")
         return self.epochs
@@ -605,7 +615,7 @@ class _Run:
         self.say(sentence)
         if rows is not None:
             self.say(str(self.trainer.diagnose(rows)))
-        history = self.place.folder / "history-at-the-end.npz"
+        history = self.place.folder / AT_THE_END
         if self.speaks:
             self.trainer.history.save(history)
         # What fails is often only the last of a series.
@@ -636,6 +646,7 @@ class _Run:
             {
                 "options": asdict(self.options),
                 "epochs_done": done,
+                "start_loss": self.start_loss,
                 "epochs": [epoch._asdict() for epoch in self.epochs],
                 "trainer": numbers,
             },
