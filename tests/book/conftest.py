@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from filelock import FileLock
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 import chromium
 from fresh import ROOT
@@ -138,11 +138,17 @@ def visit(browser: Browser, site: str):
         return found + contrast.response["violations"]
 
     @functools.cache
+    def context(mode: str) -> BrowserContext:
+        """One window for all pages of a mode: each window costs an interface of its own."""
+        made = browser.new_context(base_url=site, **MODES[mode])
+        made.set_default_timeout(PATIENCE)
+        made.new_page()  # stays: a window closes with its last page
+        return made
+
+    @functools.cache
     def look(document: str, mode: str) -> Visit:
         seen = Visit()
-        context = browser.new_context(base_url=site, **MODES[mode])
-        context.set_default_timeout(PATIENCE)
-        page = context.new_page()
+        page = context(mode).new_page()
         page.on(
             "console",
             lambda m: seen.errors.append(f"{m.text} {m.location}") if m.type == "error" else None,
@@ -165,7 +171,7 @@ def visit(browser: Browser, site: str):
             if violation["impact"] in ("serious", "critical"):
                 where = [node["html"][:160] for node in violation["nodes"][:3]]
                 seen.violations.append(f"{violation['id']} ×{len(violation['nodes'])}: {where}")
-        context.close()
+        page.close()
         return seen
 
     return look
