@@ -16,7 +16,7 @@ from gradlab.history import GradientHistory
 from gradlab.torch import convnet, models
 from gradlab.torch.diagnose import diagnose
 from gradlab.torch.probe import GradientProbe
-from gradlab.training import Options, Part, Problem
+from gradlab.training import Options, Part, Problem, processes
 
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _AT_ONCE = 4096  # samples that are evaluated together
@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(self, options: Options, problem: Problem) -> None:
         self.options, self.problem = options, problem
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = processes()
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
         if self.world > 1 and not distributed.is_initialized():
