@@ -9,21 +9,28 @@ the others after a random number of epochs and a random part of one more, of whi
 share.  Each time it is resumed.  After every kill each checkpoint in the folder has to load, and to
 hold the unbroken run's numbers of that epoch, bit for bit; in the end, so has the last one.  The
 exit status is 1 when one does not, or when a resumption fails.
+
+A run is a process that is forked from one with the framework imported: importing it again for every
+kill would take most of the time, and nothing is written during it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from gradlab import checkpoint, training
+from gradlab import checkpoint, cli, training
 
 START = "before the first checkpoint of all"
 AGAIN = "while it was starting again"
@@ -33,38 +40,76 @@ EPOCHS_A_LIFE = 10
 LIMIT = 300.0  # seconds after which a run hangs
 
 
-def begin(framework: str, folder: Path, epochs: int) -> subprocess.Popen:
-    """Start the command, resuming what is there."""
-    command = [sys.executable, "-m", "gradlab", "train", "--framework", framework]
-    command += ["--model-name", "mlp", "--train-load-size", "200", "--lr-schedule", "cosine"]
-    command += ["--num-epochs", str(epochs), "--save-interval", "1", "--save-path", str(folder)]
-    if checkpoint.numbered(folder):
-        command.append("--resume")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+class Run:
+    """The command in a process of its own, resuming what is there.
 
-
-def wait_for(path: Path, run: subprocess.Popen) -> float:
-    """Seconds until a file is there.
-
-    Raises:
-        RuntimeError: the run ended without it, or takes too long.
+    Args:
+        framework: of the run.
+        folder: its checkpoints'; what it says goes into a file beside.
+        epochs: in all.
     """
-    begun = time.monotonic()
-    while not path.exists():
-        if run.poll() is not None:
-            raise RuntimeError(f"ended with {run.returncode}:\n{run.communicate()[0]}")
-        if time.monotonic() - begun > LIMIT:
-            run.kill()
-            raise RuntimeError(f"no {path.name} after {LIMIT:g} s:\n{run.communicate()[0]}")
-        time.sleep(0.001)
-    return time.monotonic() - begun
+
+    def __init__(self, framework: str, folder: Path, epochs: int) -> None:
+        self.said = folder.with_suffix(".txt")
+        command = ["train", "--framework", framework, "--model-name", "mlp"]
+        command += ["--train-load-size", "200", "--lr-schedule", "cosine"]
+        command += ["--num-epochs", str(epochs), "--save-interval", "1"]
+        command += ["--save-path", str(folder)]
+        if checkpoint.numbered(folder):
+            command.append("--resume")
+        self.process: BaseProcess = multiprocessing.get_context("fork").Process(
+            target=_command, args=(command, self.said)
+        )
+        self.process.start()
+
+    def wait_for(self, path: Path) -> float:
+        """Seconds until a file is there.
+
+        Raises:
+            RuntimeError: the run ended without it, or takes too long.
+        """
+        begun = time.monotonic()
+        while not path.exists():
+            if self.process.exitcode is not None:
+                raise self._failed("")
+            if time.monotonic() - begun > LIMIT:
+                self.process.kill()
+                raise self._failed(f", for there was no {path.name} after {LIMIT:g} s")
+            time.sleep(0.001)
+        return time.monotonic() - begun
+
+    def finish(self) -> None:
+        """Wait for a run that nobody kills.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        self.process.join()
+        if self.process.exitcode != 0:
+            raise self._failed("")
+
+    def kill(self) -> None:
+        """SIGKILL.
+
+        Raises:
+            RuntimeError: it had ended before.
+        """
+        self.process.kill()
+        self.process.join()
+        if self.process.exitcode >= 0:
+            raise self._failed(" before it was killed")
+
+    def _failed(self, more: str) -> RuntimeError:
+        return RuntimeError(
+            f"ended with {self.process.exitcode}{more}:\n{self.said.read_text(encoding='utf-8')}"
+        )
 
 
-def finish(run: subprocess.Popen) -> None:
-    """Wait for a run that nobody kills."""
-    said, _ = run.communicate(timeout=LIMIT)
-    if run.returncode != 0:
-        raise RuntimeError(f"ended with {run.returncode}:\n{said}")
+def _command(arguments: Sequence[str], said: Path) -> None:
+    with said.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(cli.main(arguments))
 
 
 def digests(folder: Path) -> dict[int, str]:
@@ -97,27 +142,28 @@ def survive(framework: str, kills: int, rng: random.Random, root: Path) -> Count
         BadCheckpoint: one in the folder that does not load.
     """
     epochs = kills * EPOCHS_A_LIFE
+    import_module(f"gradlab.{training.FRAMEWORKS[framework]}.train")
     begun = time.monotonic()
-    run = begin(framework, root / "whole", epochs)
-    startup = wait_for(root / "whole" / "checkpoint-000001.json", run)
-    finish(run)
+    run = Run(framework, root / "whole", epochs)
+    startup = run.wait_for(root / "whole" / "checkpoint-000001.json")
+    run.finish()
     an_epoch = (time.monotonic() - begun - startup) / (epochs - 1)
-    print(f"{framework}: {startup:.1f} s to the first checkpoint, {an_epoch:.3f} s an epoch")
+    print(
+        f"{framework}: {startup:.1f} s to the first checkpoint, {an_epoch:.3f} s an epoch",
+        flush=True,
+    )
     whole, folder, hits = digests(root / "whole"), root / "killed", Counter()
     for number in range(1, kills + 1):
         known = set(folder.iterdir()) if folder.exists() else set()
         before = max(checkpoint.numbered(folder), default=0)
-        run = begin(framework, folder, epochs)
+        run = Run(framework, folder, epochs)
         if number == 1 or rng.random() < 0.25:
-            time.sleep(rng.uniform(0, startup))
+            time.sleep(rng.uniform(0, startup / 2))  # later starts are quicker
         else:
             more = rng.randrange(1, EPOCHS_A_LIFE)
-            wait_for(folder / f"checkpoint-{before + more:06d}.json", run)
+            run.wait_for(folder / f"checkpoint-{before + more:06d}.json")
             time.sleep(rng.uniform(0, an_epoch))
         run.kill()
-        said = run.communicate()[0]
-        if run.returncode >= 0:
-            raise RuntimeError(f"ended with {run.returncode} before it was killed:\n{said}")
         files = set(folder.iterdir()) if folder.exists() else set()
         left, there = {path.name for path in files - known}, digests(folder)
         what = moment(left, before, there)
@@ -127,7 +173,7 @@ def survive(framework: str, kills: int, rng: random.Random, root: Path) -> Count
         if other:
             raise RuntimeError(f"after kill {number} the weights of epochs {other} are others")
         print(f"  kill {number:2}: {what}, at epoch {max(there, default=0)}", flush=True)
-    finish(begin(framework, folder, epochs))
+    Run(framework, folder, epochs).finish()
     if digests(folder) != whole:
         raise RuntimeError("the run that was killed did not end as the unbroken one")
     partial = list(folder.glob("*.partial"))
@@ -145,6 +191,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     rng, counts = random.Random(arguments.seed), {}
     for framework in arguments.framework:
         with tempfile.TemporaryDirectory() as root:
