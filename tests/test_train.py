@@ -499,6 +499,30 @@ def test_both_frameworks_take_the_same_steps(capsys, tmp_path):
             assert distance < allowed, (model, optimizer)
 
 
+def test_where_the_frameworks_differ_is_adam_and_not_the_rest(tmp_path):
+    def apart(optimizer: str, samples: int) -> float:
+        """By which share the mean losses of the second epoch differ, thirty layers deep."""
+        one, two = (
+            training.run(
+                training.Options(
+                    framework=side,
+                    model_name="deep",
+                    train_load_size=samples,
+                    num_epochs=2,
+                    optimizer=optimizer,
+                    lr=0.01 if optimizer == "sgd" else 0.001,
+                    save_path=str(tmp_path / f"{side}-{optimizer}"),
+                ),
+                lambda line: None,
+            )[-1].loss
+            for side in training.FRAMEWORKS
+        )
+        return abs(one - two) / one
+
+    assert apart("sgd", 96) < 1e-5
+    assert apart("adam", 300) > 1e-4
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_a_resumed_run_ends_with_the_same_weights(capsys, tmp_path, side, precision):
