@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 
@@ -158,24 +162,75 @@ def test_blobs_name_bad_arguments(arguments, message):
         data.blobs(**arguments)
 
 
-def test_mnist_without_a_network_points_to_the_digits(monkeypatch):
-    from gradlab.keras import keras
-
-    def offline():
-        raise Exception("URL fetch failure: Temporary failure in name resolution")
-
-    monkeypatch.setattr(keras.datasets.mnist, "load_data", offline)
-    with pytest.raises(data.DataUnavailable, match=r"name resolution.*gradlab\.data\.digits"):
-        data.mnist()
-
-
-def test_mnist_is_flattened_and_scaled(monkeypatch):
-    from gradlab.keras import keras
-
+def mnist_file(monkeypatch) -> tuple[bytes, np.ndarray]:
+    """A small file of MNIST's form, taken for the real one, and its images."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (7, 28, 28), np.uint8), rng.integers(0, 10, 7).astype(np.uint8)
     x[0, 0, :2] = 0, 255
-    monkeypatch.setattr(keras.datasets.mnist, "load_data", lambda: ((x[:5], y[:5]), (x[5:], y[5:])))
+    file = io.BytesIO()
+    np.savez(file, x_train=x[:5], y_train=y[:5], x_test=x[5:], y_test=y[5:])
+    content = file.getvalue()
+    monkeypatch.setattr(data, "_MNIST_SHA256", hashlib.sha256(content).hexdigest())
+    return content, x
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """Where Keras and gradlab keep what they download; and nothing is downloaded."""
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+
+    def offline(url, timeout):
+        raise URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(data, "urlopen", offline)
+    return tmp_path / "keras"
+
+
+def test_mnist_without_a_network_points_to_the_digits(home):
+    with pytest.raises(data.DataUnavailable, match=r"name resolution.*gradlab\.data\.digits"):
+        data.mnist()
+    assert not home.exists()
+
+
+def test_mnist_is_downloaded_once_and_kept_for_keras(home, monkeypatch):
+    content, _ = mnist_file(monkeypatch)
+    asked = []
+
+    def answer(url, timeout):
+        asked.append(url)
+        return io.BytesIO(content)
+
+    monkeypatch.setattr(data, "urlopen", answer)
+    one, two = data.mnist(), data.mnist()
+    assert asked == [data.MNIST_URL]
+    assert (home / "datasets" / "mnist.npz").read_bytes() == content
+    np.testing.assert_array_equal(one.x_train, two.x_train)
+
+
+def test_mnist_s_address_and_digest_are_those_of_keras():
+    import inspect
+
+    from gradlab.keras import keras
+
+    source = inspect.getsource(inspect.getmodule(keras.datasets.mnist.load_data))
+    folder, _, name = data.MNIST_URL.rpartition("/")
+    assert f"{folder}/" in source
+    assert name in source
+    assert data._MNIST_SHA256 in source
+
+
+def test_a_damaged_copy_of_mnist_is_refused(home, monkeypatch):
+    content, _ = mnist_file(monkeypatch)
+    (home / "datasets").mkdir(parents=True)
+    (home / "datasets" / "mnist.npz").write_bytes(content[:-3])
+    with pytest.raises(data.DataUnavailable, match="SHA-256 is another"):
+        data.mnist()
+
+
+def test_mnist_is_flattened_and_scaled(home, monkeypatch):
+    content, x = mnist_file(monkeypatch)
+    (home / "datasets").mkdir(parents=True)
+    (home / "datasets" / "mnist.npz").write_bytes(content)
     split = data.mnist()
     assert split.x_train.shape == (5, 784)
     assert split.x_train.dtype == np.float32

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradlab import checkpoint, cli, convnet, training
+from gradlab import checkpoint, cli, convnet, data, training
 from gradlab.history import GradientHistory
 
 SIDES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in training.FRAMEWORKS]
@@ -79,22 +81,32 @@ def npz(tmp_path):
         (["--num-epochs", "-3"], "--num-epochs must be"),
         (["--num-epochs", "2.5"], "argument --num-epochs: invalid int value: '2.5'"),
         (["--num-epochs", "1" + "0" * 12], "--num-epochs must be"),
+        (["--num-epochs", "1" + "0" * 9], "steps, and 50000000 are the most: give 16000 or fewer"),
         (["--batch-size", "0"], "--batch-size must be"),
         (["--batch-size", "-32"], "--batch-size must be"),
+        (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
         (["--save-interval", "0"], "--save-interval must be"),
+        (["--save-path", ""], "--save-path names nothing"),
+        (["--logdir", ""], "--logdir names nothing"),
+        (["--data", ""], "--data names nothing"),
         (["--train-load-size", "0"], "--train-load-size must be a share above 0"),
         (["--train-load-size", "-1"], "--train-load-size must be"),
         (["--train-load-size", "1.5"], "--train-load-size must be"),
         (["--train-load-size", "nan"], "--train-load-size must be"),
+        (["--train-load-size", "1e300"], "--train-load-size must be"),
         (["--train-load-size", "100001"], "asks for 100001 samples, and there are 100000"),
         (["--validation-load-size", "1e9"], "--validation-load-size asks for 1000000000 samples"),
         (["--test-load-size", "inf"], "--test-load-size must be"),
         (["--lr", "0"], "--lr must be a finite number above 0"),
         (["--lr", "-0.1"], "--lr must be"),
         (["--lr", "nan"], "--lr must be"),
+        (["--lr", "inf"], "--lr must be"),
+        (["--lr", "1e-400"], "--lr must be a finite number above 0, got 0.0"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--clip-norm", "0"], "--clip-norm must be above 0"),
+        (["--clip-norm", "-1"], "--clip-norm must be above 0"),
         (["--clip-norm", "nan"], "--clip-norm must be above 0"),
+        (["--clip-norm", "inf"], "leave it out to clip nothing"),
         (["--seed", "-1"], "--seed must be"),
         (["--seed", "5000000000"], "--seed must be"),
         (["--resume", "--reset"], "give one of them"),
@@ -126,7 +138,10 @@ def x_with(value):
         ({"x": x_with(np.nan)}, "x[7, 2] is nan, the first of 1 numbers that are not finite"),
         ({"x": x_with(-np.inf)}, "x[7, 2] is -inf"),
         ({"x": x_with(1e39)}, "x[7, 2] is inf"),  # float32 cannot hold it
-        ({"x": None}, "it needs arrays named x and y"),
+        ({"x": None}, "it needs arrays named x and y, and holds y"),
+        ({"x": None, "y": None}, "it needs arrays named x and y, and holds none"),
+        ({"x": None, "images": np.ones((40, 3))}, "and holds y, images"),
+        ({"x": np.ones((40, 3, 1))}, "x.reshape(len(x), -1) makes one row of each sample"),
         ({"y": np.arange(39)}, "x must be (samples, features) and y (samples,)"),
         ({"x": np.ones(40)}, "x must be (samples, features) and y (samples,)"),
         ({"x": np.ones((40, 0))}, "x must be (samples, features)"),
@@ -134,7 +149,10 @@ def x_with(value):
         ({"y": np.arange(40) - 1}, "of two classes or more, got 40 from -1 to 38"),
         ({"y": np.zeros(40, int)}, "of two classes or more, got 1 from 0 to 0"),
         ({"y": np.arange(40) % 2 * 1000}, "got 2 from 0 to 1000 for 40 samples"),
-        ({"y": np.array(["cat", "dog"] * 20)}, "y must hold class numbers 0, 1, 2, …, got <U3"),
+        (
+            {"y": np.array(["cat", "dog"] * 20)},
+            "got <U3. np.unique(y, return_inverse=True)",
+        ),
         ({"x": np.full((40, 3), "a")}, "x must hold real numbers"),
         ({"x": np.ones((5, 3)), "y": np.arange(5)}, "ten samples are the least, got 5"),
         ({"x": np.array([{"a": 1}] * 40, dtype=object)}, "cannot be read as an .npz file"),
@@ -152,19 +170,67 @@ def test_a_file_of_another_kind_is_refused(capsys, tmp_path):
     code, _, err = train(capsys, "--data", tmp_path / "data.npz", "--save-path", tmp_path / "run")
     assert code == cli.BAD_INPUT
     assert "cannot be read as an .npz file" in err
+    np.save(tmp_path / "data.npy", np.ones((40, 3)))
+    code, _, err = train(capsys, "--data", tmp_path / "data.npy", "--save-path", tmp_path / "run")
+    assert code == cli.BAD_INPUT
+    assert "this is an .npy file, which holds one array. np.savez(" in err
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_path_that_cannot_be_written_is_refused(capsys, tmp_path):
+@pytest.mark.parametrize("flag", ["--save-path", "--logdir"])
+@pytest.mark.parametrize("below", ["", "run", "run/deep"])
+def test_a_path_that_is_a_file_is_refused(capsys, tmp_path, flag, below):
     (tmp_path / "file").write_text("kept")
-    code, _, err = train(capsys, *QUICK, "--save-path", tmp_path / "file" / "run")
-    assert code == cli.BAD_INPUT
-    assert "cannot be written" in err
-    code, _, err = train(
-        capsys, *QUICK, "--save-path", tmp_path / "run", "--logdir", tmp_path / "file"
-    )
-    assert code == cli.BAD_INPUT
-    assert f"--logdir {tmp_path / 'file'} cannot be written" in err
+    path = tmp_path / "file" / below
+    code, out, err = train(capsys, *QUICK, "--save-path", tmp_path / "new", flag, path)
+    assert (code, out, err.count("\n")) == (cli.BAD_INPUT, "", 1)
+    assert f"{flag} {path}: {tmp_path / 'file'} is a file, not a folder" in err
     assert (tmp_path / "file").read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("flag", ["--save-path", "--logdir"])
+def test_a_path_that_cannot_be_made_is_refused(capsys, tmp_path, monkeypatch, flag):
+    make = Path.mkdir
+
+    def mkdir(path, *arguments, **keywords):
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return make(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    makedirs = os.makedirs
+    monkeypatch.setattr(
+        os, "makedirs", lambda p, *a, **k: mkdir(Path(p)) if "closed" in p else makedirs(p, *a, **k)
+    )
+    closed = tmp_path / "new" / "closed"
+    code, out, err = train(capsys, *QUICK, "--save-path", tmp_path / "a" / "b", flag, closed)
+    assert (code, out, err.count("\n")) == (cli.BAD_INPUT, "", 1)
+    assert f"{flag} {closed} cannot be written: Permission denied. Name another" in err
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_that_is_too_long_is_refused(capsys, tmp_path):
+    code, _, err = train(capsys, *QUICK, "--save-path", tmp_path / ("n" * 300))
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+    assert "File name too long" in err
+
+
+@pytest.mark.parametrize("lacking", ["framework", "data"])
+def test_what_is_lacking_is_noticed_before_anything_is_made(capsys, tmp_path, monkeypatch, lacking):
+    def unavailable():
+        raise data.DataUnavailable("MNIST could not be downloaded (no network).")
+
+    monkeypatch.setattr(data, "mnist", unavailable)
+    if lacking == "framework":
+        monkeypatch.setitem(sys.modules, "gradlab.torch.train", None)
+    source = ("--data", "mnist") if lacking == "data" else ()
+    code, out, err = train(
+        capsys, "--model-name", "mlp", *source, "--save-path", tmp_path / "a" / "b"
+    )
+    assert (code, out, err.count("\n")) == (cli.BAD_INPUT, "", 1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -226,16 +292,101 @@ def test_a_bad_checkpoint_is_refused(capsys, run, suffix, change, says):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_arrays_of_another_network_are_refused(capsys, run):
+@pytest.mark.parametrize(
+    ("change_array", "change_record"),
+    [
+        (lambda name, array: {name: array[..., :-1] if array.ndim else array}, {}),
+        (lambda name, array: {} if name.startswith("model.") else {name: array}, {}),
+        (lambda name, array: {name: array, "optimizer.99.step": array}, {}),
+        (lambda name, array: {name: array, "optimizer.what.ever.this.is": array}, {}),
+        (lambda name, array: {name: array}, {"epochs": []}),
+        (lambda name, array: {name: array}, {"epochs": [{"epoch": 1}, {"epoch": 2}]}),
+        (lambda name, array: {name: array}, {"start_loss": None}),
+    ],
+)
+def test_what_belongs_to_another_network_is_refused(capsys, run, change_array, change_record):
     there = checkpoint.load(run / "checkpoint-000002.json")
-    arrays = {
-        name: array[..., :-1] if array.ndim else array for name, array in there.arrays.items()
-    }
+    arrays = {}
+    for name, array in there.arrays.items():
+        arrays |= change_array(name, array)
     record = {k: v for k, v in there.record.items() if k not in ("format", "arrays", "sha256")}
-    checkpoint.save(run, 2, arrays, record)
+    checkpoint.save(run, 2, arrays, record | change_record)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
     code, _, err = train(capsys, *QUICK, "--save-path", run, "--resume", "--num-epochs", "3")
-    assert code == cli.BAD_INPUT
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
     assert "does not fit this network" in err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("way", ["--resume", "--reset"])
+def test_what_a_kill_left_half_written_is_removed(capsys, run, way):
+    for name in (".checkpoint-000003.json.1.partial", ".history-000003.npz.1.partial"):
+        (run / name).write_bytes(b"half")
+    (run / ".mine").write_text("kept")
+    assert len(checkpoint.partials(run)) == 2
+    assert train(capsys, *QUICK, "--save-path", run, way)[0] == 0
+    assert not checkpoint.partials(run)
+    assert (run / ".mine").exists()
+
+
+@pytest.mark.parametrize("way", [(), ("--resume",), ("--reset",)])
+def test_two_runs_do_not_share_a_folder(capsys, tmp_path, run, way):
+    pytest.importorskip("fcntl")
+    folder = run if way else tmp_path / "new"
+    other = training.Place(training.Options(save_path=str(folder), reset=True))
+    with other.held():
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        code, out, err = train(capsys, *QUICK, "--save-path", folder, *way)
+        assert (code, out, err.count("\n")) == (cli.BAD_INPUT, "", 1)
+        assert "another run is writing there" in err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert train(capsys, *QUICK, "--save-path", folder, *way)[0] == 0
+
+
+def test_a_run_that_began_and_ended_in_between_is_noticed(tmp_path):
+    pytest.importorskip("fcntl")
+    place = training.Place(training.Options(save_path=str(tmp_path)))
+    checkpoint.save(tmp_path, 1, {}, {})
+    with pytest.raises(training.BadOption, match="another run"), place.held():
+        pass
+
+
+@pytest.mark.parametrize("full", ["checkpoint-000002.safetensors", "history-000002.npz"])
+def test_a_full_disk_stops_the_run_and_spares_what_was_saved(capsys, tmp_path, monkeypatch, full):
+    folder, replace_file = tmp_path / "run", os.replace
+
+    def replacing(source, target):
+        if Path(target).name == full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, target)
+
+    with monkeypatch.context() as now:
+        now.setattr(os, "replace", replacing)
+        code, _, err = train(capsys, *QUICK, "--save-path", folder, "--num-epochs", 3)
+    assert (code, err.count("\n")) == (cli.NOT_SAVED, 1)
+    assert f"epoch 2 could not be saved in {folder}: No space left on device" in err
+    assert "checkpoint-000001.json" in err
+    assert list(checkpoint.numbered(folder)) == [1]
+    assert not checkpoint.partials(folder)
+    whole = tmp_path / "whole"
+    assert train(capsys, *QUICK, "--save-path", whole, "--num-epochs", 3)[0] == 0
+    assert train(capsys, *QUICK, "--save-path", folder, "--num-epochs", 3, "--resume")[0] == 0
+    assert_same(arrays_of(folder), arrays_of(whole))
+
+
+def test_folders_may_have_any_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "läufe mit Leerzeichen/näher 中"
+    code, _, _ = train(
+        capsys, *QUICK, "--save-path", f"~/{name}", "--logdir", f"~/{name}/log", "--num-epochs", 1
+    )
+    assert code == 0
+    assert list(checkpoint.numbered(tmp_path / name)) == [1]
+    assert list((tmp_path / name / "log").iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / name, target_is_directory=True)
+    assert train(capsys, *QUICK, "--save-path", tmp_path / "link", "--resume")[0] == 0
+    assert list(checkpoint.numbered(tmp_path / name)) == [1, 2]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_reset_deletes_the_run_and_nothing_else(capsys, run):
@@ -348,6 +499,30 @@ def test_both_frameworks_take_the_same_steps(capsys, tmp_path):
             assert distance < allowed, (model, optimizer)
 
 
+def test_where_the_frameworks_differ_is_adam_and_not_the_rest(tmp_path):
+    def apart(optimizer: str, samples: int) -> float:
+        """By which share the mean losses of the second epoch differ, thirty layers deep."""
+        one, two = (
+            training.run(
+                training.Options(
+                    framework=side,
+                    model_name="deep",
+                    train_load_size=samples,
+                    num_epochs=2,
+                    optimizer=optimizer,
+                    lr=0.01 if optimizer == "sgd" else 0.001,
+                    save_path=str(tmp_path / f"{side}-{optimizer}"),
+                ),
+                lambda line: None,
+            )[-1].loss
+            for side in training.FRAMEWORKS
+        )
+        return abs(one - two) / one
+
+    assert apart("sgd", 96) < 1e-5
+    assert apart("adam", 300) > 1e-4
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_a_resumed_run_ends_with_the_same_weights(capsys, tmp_path, side, precision):
@@ -369,6 +544,31 @@ def test_a_resumed_run_ends_with_the_same_weights(capsys, tmp_path, side, precis
 
 
 @pytest.mark.parametrize("side", SIDES)
+def test_a_batch_may_be_larger_than_the_data(capsys, tmp_path, side, monkeypatch):
+    monkeypatch.setattr(training, "SPEAK_EVERY", 0.0)
+    code, out, _ = train(
+        capsys, *QUICK, "--framework", side, "--batch-size", 10**9, "--save-path", tmp_path
+    )
+    assert code == 0
+    assert "200 training samples of 64 features and 10 classes, 1 step an epoch, 2 of 2" in out
+    assert "epoch 1: step 1 of 1\n" in out
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_log_file_hears_of_a_long_epoch(capsys, tmp_path, side, monkeypatch):
+    shared = (*QUICK, "--framework", side, "--save-path", tmp_path)
+    _, out, _ = train(capsys, *shared, "--num-epochs", 1)
+    assert ": step " not in out  # not yet
+    assert re.search(r"epoch 1: loss \S+, validation loss \S+, validation accuracy ", out)
+    assert re.search(r"test loss \S+, test accuracy ", out)
+    monkeypatch.setattr(training, "SPEAK_EVERY", 0.0)
+    _, out, _ = train(capsys, *shared, "--resume")
+    assert [line for line in out.splitlines() if ": step " in line] == [
+        f"epoch 2: step {step} of 7" for step in range(1, 8)
+    ]
+
+
+@pytest.mark.parametrize("side", SIDES)
 def test_a_run_that_blows_up_is_explained(capsys, tmp_path, side):
     code, out, err = train(
         capsys,
@@ -377,8 +577,12 @@ def test_a_run_that_blows_up_is_explained(capsys, tmp_path, side):
     )
     assert code == cli.BLEW_UP
     assert "is not finite. The step was not taken" in out
-    assert "Divergence at " in out.split("The network after 0 epochs, on its next batch:")[1]
+    cause = out.split("The network after 0 epochs, on its next batch:")[1]
+    cause, consequence = cause.split("What had become of it, at the step that was left out:")
+    assert "Divergence at " in cause
+    assert " at hidden" in consequence
     assert "No checkpoint was saved." in err
+    assert f"in {tmp_path / 'history-at-the-end.npz'}; --resume" in err
     history = GradientHistory.load(tmp_path / "history-at-the-end.npz")
     assert history.first_nonfinite is not None
     assert not checkpoint.numbered(tmp_path)
@@ -410,7 +614,7 @@ def test_a_loss_that_grows_is_a_blow_up_also_in_the_last_epoch(capsys, tmp_path,
     assert code == cli.BLEW_UP
     assert "--lr was 0.01 and is 5.0" in out
     assert "The mean loss of this epoch is " in out
-    assert "Divergence at " in out.split("The network after 1 epochs")[1]
+    assert "Divergence at " in out.split("The network after 1 epoch, ")[1]
     # The cure that it names is one that --resume takes.
     assert "another --lr" in err
     code, out, _ = train(capsys, *hot, "--lr", 0.01, "--num-epochs", 2, "--resume")
@@ -498,10 +702,11 @@ def test_two_processes_under_torchrun_take_the_steps_of_one(capsys, tmp_path):
 def test_tensorflow_under_torchrun_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = train(
-        capsys, *QUICK, "--framework", "tensorflow", "--save-path", tmp_path / "run"
+        capsys, *QUICK, "--framework", "tensorflow", "--save-path", tmp_path / "deep" / "run"
     )
     assert code == cli.BAD_INPUT
     assert "use --framework torch" in err
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_terminated_run_says_so_in_what_it_wrote(tmp_path):
@@ -526,6 +731,45 @@ def test_an_interrupted_run_says_where_it_goes_on(capsys, run, monkeypatch):
     assert "checkpoint-000002.json" in err
 
 
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.write(2, b"what a library says\\n")
+            os.kill(os.getpid(), signal.{signal})
+sys.meta_path.insert(0, Interrupt())
+{before}
+from gradlab import cli
+sys.exit(cli.main(["train", "--framework", {side!r}, "--save-path", {folder!r}]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "how"),
+    [
+        ("numpy", "torch", "SIGINT"),
+        ("gradlab.training", "torch", "SIGTERM"),
+        ("gradlab.torch.probe", "torch", "SIGINT"),
+        ("tensorflow", "tensorflow", "SIGINT"),
+    ],
+)
+def test_an_interrupt_during_imports_leaves_no_trace(tmp_path, name, side, how):
+    # (Python sets its own handler only where the shell does not ignore interrupts.)
+    before = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = INTERRUPTED_IMPORT.format(
+        name=name, side=side, signal=how, before=before, folder=str(tmp_path / "run")
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == cli.INTERRUPTED, run.stderr
+    assert "gradlab: interrupted; nothing had been " in run.stderr
+    assert "Traceback" not in run.stderr
+    assert ("what a library says" in run.stderr) == (side == "torch")  # TensorFlow is kept quiet
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------------------------------------
 # The other command, and the entry
 
@@ -542,9 +786,25 @@ def test_the_ledger_can_be_asked(capsys):
 
 
 def test_the_module_is_the_command():
-    for call in (["--help"], ["train", "--help"]):
+    for call in (["--help"], ["train", "--help"], ["--version"]):
         run = subprocess.run(
             [sys.executable, "-m", "gradlab", *call], capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, run.stderr
         assert "gradlab" in run.stdout
+
+
+def test_the_help_shows_no_default_that_means_nothing(capsys):
+    _, out, _ = train(capsys, "--help")
+    assert "None" not in out
+    assert "default: False" not in out
+    assert "NUM_EPOCHS" not in out
+    for said in ("--num-epochs N", "no clipping", "blobs for nn", "record: ", "skip: ", "raise: "):
+        assert said in " ".join(out.split())
+    assert "\n  gradlab train --model-name mlp" in out  # an example, on a line of its own
+
+
+def test_without_a_command_there_is_a_choice(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "{train,claims}" in capsys.readouterr().err

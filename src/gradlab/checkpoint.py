@@ -42,33 +42,34 @@ class Checkpoint:
     path: Path
 
 
+def partials(folder: Path) -> list[Path]:
+    """What writers that were killed left half-written, see `replacing`."""
+    return sorted(folder.glob(".*.partial"))
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, survives_power_loss: bool = True) -> Iterator[Path]:
     """A name to write a file under; when the block ends well, the file gets its own, at once.
 
     Args:
         path: the file's own name.  What is there stays whole until the new one is complete.
+        survives_power_loss: wait for the disk.  A killed process needs no waiting.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())  # the numbers before the name
+        if survives_power_loss:
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())  # the numbers before the name
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    if os.name == "posix":  # and the name itself
+    if survives_power_loss and os.name == "posix":  # and the name itself
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(folder: Path, number: int, arrays: Mapping[str, np.ndarray], record: Mapping) -> Path:
@@ -82,16 +83,19 @@ def save(folder: Path, number: int, arrays: Mapping[str, np.ndarray], record: Ma
 
     Returns:
         The path of its JSON file.
-    """
-    from safetensors.numpy import save_file
 
-    arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
+    Raises:
+        OSError: it cannot be written; an older one stays as it is.
+    """
+    from safetensors.numpy import save as as_bytes
+
+    # (`save_file` would make a file that only its owner can read.)
+    content = as_bytes({name: np.array(array, order="C") for name, array in arrays.items()})
     data = folder / f"checkpoint-{number:06d}.safetensors"
     with replacing(data) as partial:
-        save_file(arrays, partial)
-        sha256 = digest(partial)
+        partial.write_bytes(content)
     path = folder / f"checkpoint-{number:06d}.json"
-    head = {"format": FORMAT, "arrays": data.name, "sha256": sha256}
+    head = {"format": FORMAT, "arrays": data.name, "sha256": _sha256(content)}
     with replacing(path) as partial:
         partial.write_text(json.dumps(head | dict(record), indent=1) + "\n", encoding="utf-8")
     return path
@@ -135,7 +139,7 @@ def load(path: str | Path) -> Checkpoint:
         content = data.read_bytes()
     except OSError as error:
         raise BadCheckpoint(f"{data} cannot be read: {error}. {_earlier(path)}") from None
-    if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+    if _sha256(content) != record.get("sha256"):
         raise BadCheckpoint(
             f"{data} is not what was saved: its SHA-256 is not the one in {path.name}. It was "
             f"changed, cut short or damaged, and is not loaded. {_earlier(path)}"
@@ -145,6 +149,10 @@ def load(path: str | Path) -> Checkpoint:
     except SafetensorError as error:
         raise BadCheckpoint(f"{data} is no safetensors file: {error}. {_earlier(path)}") from None
     return Checkpoint(arrays, record, path)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _earlier(path: Path) -> str:

@@ -10,13 +10,35 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradlab import checkpoint, claims, convnet, data, training
+# The library comes with what needs it: an interrupt during its imports is answered as any other.
+from gradlab import __version__
 
-BAD_INPUT, BLEW_UP, INTERRUPTED = 2, 1, 130
-"""Exit codes beside 0, for what cannot be done, for a run that blew up or that somebody stopped."""
+BLEW_UP, BAD_INPUT, NOT_SAVED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes beside 0, for runs that blew up, cannot be done or saved, or that somebody stopped."""
+
+_EPILOG = """\
+In --save-path:
+  checkpoint-N.safetensors  weights and optimiser after N epochs
+  checkpoint-N.json         its digest, the options and all losses
+  history-N.npz             gradient norms of the last steps
+
+exit code:
+  0    done
+  1    the run blew up: a gradient was not finite, or an epoch's mean loss is ten times that of the
+       untrained network; the diagnosis is printed
+  2    bad input, and nothing was changed
+  3    a checkpoint could not be written; the older ones are as they were
+  130  interrupted
+
+examples:
+  gradlab train --model-name mlp --lr 0.01 --save-path runs/first --logdir runs/log
+  gradlab train --model-name mlp --lr 0.01 --save-path runs/first --resume --num-epochs 20
+  tensorboard --logdir runs/log        (from: pip install tensorboard)
+  torchrun --nproc-per-node 2 -m gradlab train --save-path runs/two     (PyTorch, data-parallel)
+"""
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """The default, where there is one."""
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -34,19 +56,19 @@ def _refuse(sentence: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from gradlab import convnet, training
+
     parser = _Parser(prog="gradlab", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser.add_argument("--version", action="version", version=f"gradlab {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="{train,claims}", required=True, parser_class=_Parser
+    )
     train = commands.add_parser(
         "train",
         help="train a network, save it, and say why if it blows up",
-        description="Train a network in either framework, from the same weights and on the same "
+        description="Train a network in either framework, from the same weights and on the same\n"
         "batches; save checkpoints that a kill cannot halve; record the gradients.",
-        epilog="In --save-path: checkpoint-N.safetensors, weights and optimiser after N epochs; "
-        "checkpoint-N.json, its digest, the options and all losses; history-N.npz, gradient norms "
-        "of the last steps. Exit code: 0 done, 1 the run blew up (a gradient was not finite, or an "
-        "epoch's mean loss is ten times that of the untrained network; the diagnosis is printed), "
-        "2 bad input (and nothing was changed), 130 interrupted. Under torchrun, PyTorch trains "
-        "data-parallel.",
+        epilog=_EPILOG,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -65,19 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     option("--model-name", f"what is trained. {models}", **choice(tuple(training.MODELS)))
     option(
         "--data",
-        "blobs, digits, mnist, or an .npz file with x (samples, features) and y, class numbers "
-        "from 0 (default: the model's own)",
+        "blobs, digits, mnist (11 MB, downloaded once), or an .npz file with x (samples, features) "
+        "and y, class numbers from 0: 80%% of it to train on, 10%% each to validate and to test "
+        "(default: blobs for nn, digits for the others)",
     )
-    option("--num-epochs", "passes over the training samples", type=int)
-    option("--batch-size", "samples a step", type=int)
+
+    def number(flag: str, meaning: str, **keywords: object) -> None:
+        option(flag, meaning, **{"type": int, "metavar": "N"} | keywords)
+
+    number("--num-epochs", "passes over the training samples")
+    number("--batch-size", "samples a step")
     for part in ("train", "validation", "test"):
-        size = "how many to load: a share up to 1, which is all, or a number of samples"
-        option(f"--{part}-load-size", f"{part} samples: {size}", type=float)
-    option("--save-interval", "epochs between two checkpoints; the last is always saved", type=int)
-    option("--save-path", "folder of the checkpoints")
+        size = "how many to load: up to 1 a share (1 is all), from 2 up a number of samples"
+        number(f"--{part}-load-size", f"{part} samples, {size}", type=float)
+    number("--save-interval", "epochs between two checkpoints; the last is always saved")
+    option("--save-path", "folder of the checkpoints", metavar="FOLDER")
     option("--optimizer", "update rule", **choice(training.OPTIMIZERS))
     option("--loss", "what is minimised", **choice(training.LOSSES))
-    option("--lr", "learning rate, the highest of the schedule", type=float)
+    number("--lr", "learning rate, the highest of the schedule", type=float, metavar="RATE")
     option(
         "--lr-schedule",
         "how the rate changes: cosine falls to 0; step divides by ten after half and after three "
@@ -85,16 +112,33 @@ def _parser() -> argparse.ArgumentParser:
         **choice(training.SCHEDULES),
     )
     option("--weight-initialization", "how weights begin", **choice(convnet.SCHEMES))
-    option("--clip-norm", "clip the gradient to this total norm", type=float)
-    option("--precision", "float16 and bfloat16 are mixed", **choice(training.PRECISIONS))
-    option("--seed", "of the weights and of the order of the samples", type=int)
-    option("--resume", "go on from the newest checkpoint in --save-path", action="store_true")
+    number(
+        "--clip-norm",
+        "scale a gradient down to this total norm where it is longer (default: no clipping)",
+        type=float,
+        metavar="NORM",
+    )
+    option(
+        "--precision",
+        "what is computed in. With float16 and bfloat16 the weights stay float32 and the layers "
+        "compute in 16 bits; float16 also scales the loss",
+        **choice(training.PRECISIONS),
+    )
+    number("--seed", "of the weights and of the order of the samples")
+    option(
+        "--resume",
+        "go on from the newest checkpoint in --save-path, to the weights of an unbroken run",
+        action="store_true",
+    )
     option("--reset", "delete the checkpoints in --save-path first", action="store_true")
-    option("--logdir", "write TensorBoard's events into this folder")
+    option(
+        "--logdir", "write TensorBoard's events into this folder (default: none)", metavar="FOLDER"
+    )
     option(
         "--on-nonfinite",
-        "at a gradient that is not finite: record it and go on, skip the step, or raise: stop "
-        "before the step and diagnose it. (float16 skips such steps by itself, to find its scale)",
+        "at a gradient that is not finite. record: note it and take the step all the same; skip: "
+        "leave the step out and go on; raise: stop before the step, and diagnose it. (float16 "
+        "leaves such steps out by itself, to find its scale)",
         **choice(training.ON_NONFINITE),
     )
     ledger = commands.add_parser("claims", help="the statements under test, and their verdicts")
@@ -104,15 +148,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from gradlab import checkpoint, data, training
+
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    on_main = threading.current_thread() is threading.main_thread()
     try:
-        if on_main:
-            before = signal.signal(signal.SIGTERM, stop)
         options = training.Options(**given)
         training.run(options)
     except (
@@ -125,18 +164,25 @@ def _train(arguments: argparse.Namespace) -> int:
     except training.BlownUp as error:
         print(f"gradlab: {error}", file=sys.stderr)
         return BLEW_UP
-    except KeyboardInterrupt:  # Ctrl-C, or a termination
-        there = list(checkpoint.numbered(Path(given["save_path"])).values())
-        last = f"--resume goes on from {there[-1]}" if there else "nothing had been saved yet"
-        print(f"\ngradlab: interrupted; {last}", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        if on_main:
-            signal.signal(signal.SIGTERM, before)
+    except training.NotSaved as error:
+        print(f"gradlab: {error}", file=sys.stderr)
+        return NOT_SAVED
+    except KeyboardInterrupt:
+        there = list(checkpoint.numbered(Path(os.path.expanduser(given["save_path"]))).values())
+        return _interrupted(
+            f"--resume goes on from {there[-1]}" if there else "nothing had been saved yet"
+        )
     return 0
 
 
+def _interrupted(last: str) -> int:
+    print(f"\ngradlab: interrupted; {last}", file=sys.stderr)
+    return INTERRUPTED
+
+
 def _claims(arguments: argparse.Namespace) -> int:
+    from gradlab import claims
+
     try:
         registry = claims.load(arguments.registry)
     except (OSError, ValueError) as error:
@@ -161,9 +207,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported
-    parsed, unknown = _parser().parse_known_args(arguments)
-    if unknown:
-        return _refuse(
-            f"unrecognized arguments: {' '.join(unknown)}. See gradlab {parsed.command} --help"
-        )
-    return {"train": _train, "claims": _claims}[parsed.command](parsed)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt  # a termination is answered like Ctrl-C
+
+    on_main = threading.current_thread() is threading.main_thread()
+    try:
+        if on_main:
+            before = signal.signal(signal.SIGTERM, stop)
+        parsed, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            return _refuse(
+                f"unrecognized arguments: {' '.join(unknown)}. See gradlab {parsed.command} --help"
+            )
+        return {"train": _train, "claims": _claims}[parsed.command](parsed)
+    except KeyboardInterrupt:
+        return _interrupted("nothing had been begun")
+    finally:
+        if on_main:
+            signal.signal(signal.SIGTERM, before)

@@ -1,14 +1,28 @@
 """The book's data, as NumPy arrays: small, real, and on every machine.
 
-`digits` and `stocks` come with scikit-learn and matplotlib and need no network.  `mnist` uses
-Keras's own loader, which downloads once.  `blobs` are synthetic.
+`digits` and `stocks` come with scikit-learn and matplotlib and need no network.  `mnist` is
+downloaded once.  `blobs` are synthetic.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
+
+from gradlab.checkpoint import replacing
+
+MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
+"""The file that Keras's own loader takes."""
+
+_MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 
 N_TRAIN = 1437
 """Digits in the training set; the other 360 are the test set (an 80/20 split)."""
@@ -104,22 +118,37 @@ def digits(
 
 
 def mnist() -> Split:
-    """MNIST through Keras's loader: 60 000 + 10 000 digits of 28×28 pixels, scaled to [0, 1].
+    """MNIST: 60 000 + 10 000 digits of 28×28 pixels, scaled to [0, 1].
 
-    The first call downloads 11 MB into Keras's cache.
+    The first call downloads 11 MB to where Keras looks for them too, `~/.keras/datasets`.
 
     Raises:
-        DataUnavailable: there is no network and no cached copy; the message points to `digits`.
+        DataUnavailable: there is no network and no copy, or the copy is damaged; the message points
+            to `digits`.
     """
-    from gradlab.keras import keras
-
+    home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+    path = home / "datasets" / "mnist.npz"
     try:
-        (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
-    except Exception as error:  # the loader raises whatever the transport raised
+        content = path.read_bytes() if path.exists() else _fetch(MNIST_URL)
+    except (OSError, HTTPException) as error:
         raise DataUnavailable(
-            f"MNIST could not be downloaded ({error}). Every experiment of the book also runs on "
-            "gradlab.data.digits(), which needs no network."
+            f"MNIST could not be downloaded ({error}). gradlab.data.digits(), which is --data "
+            "digits on the command line, needs no network."
         ) from error
+    if hashlib.sha256(content).hexdigest() != _MNIST_SHA256:
+        raise DataUnavailable(
+            f"{path if path.exists() else MNIST_URL} does not hold MNIST as it was published: its "
+            "SHA-256 is another. Delete the file if it is yours, or take gradlab.data.digits()."
+        )
+    if not path.exists():
+        with suppress(OSError):  # kept if it can be
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                partial.write_bytes(content)
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        x_train, y_train, x_test, y_test = (
+            file[name] for name in ("x_train", "y_train", "x_test", "y_test")
+        )
 
     def flatten(x: np.ndarray) -> np.ndarray:
         return x.reshape(len(x), -1).astype(np.float32) / 255
@@ -127,6 +156,11 @@ def mnist() -> Split:
     return Split(
         flatten(x_train), y_train.astype(np.int64), flatten(x_test), y_test.astype(np.int64)
     )
+
+
+def _fetch(url: str) -> bytes:
+    with urlopen(url, timeout=30) as answer:
+        return answer.read()
 
 
 def stocks(field: str = "adj_close") -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 import zipfile
 import zlib
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from gradlab.checkpoint import replacing
 
 # What NumPy, the zip format and our own reading raise for a file that holds something else.
 _UNREADABLE = (
@@ -128,14 +129,8 @@ class GradientHistory:
             "first_nonfinite": self.first_nonfinite,
             "seen": self.seen,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, about=np.array(json.dumps(about)), **arrays)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path, survives_power_loss=False) as partial, partial.open("wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)
         return path
 
     @classmethod

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -45,9 +47,20 @@ AT_THE_END = "history-at-the-end.npz"
 #: TensorBoard gets the gradient norms of every so many steps.
 LOG_EVERY = 50
 
+#: Seconds after which a run that draws no progress bar says how far it is.
+SPEAK_EVERY = 30.0
+
+#: Of a whole run: the rate of each is kept.
+MOST_STEPS = 50_000_000
+
 
 class BadOption(ValueError):
     """Something that the command cannot do; the message says what was given and what to give."""
+
+
+def processes() -> tuple[int, int]:
+    """This process's number among those that `torchrun` started together, and how many they are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
@@ -98,21 +111,30 @@ class Options:
                     f"{_flag(name)} must be one of {', '.join(allowed)}, got {value!r}"
                     + _HINTS.get((name, value), "")
                 )
+        for name in ("data", "save_path", "logdir"):
+            value = getattr(self, name)
+            if value is not None:
+                if not value:
+                    raise BadOption(f"{_flag(name)} names nothing: it is empty")
+                object.__setattr__(self, name, os.path.expanduser(value))
         for name in ("num_epochs", "batch_size", "save_interval"):
             value = getattr(self, name)
             if not 1 <= value <= 10**9:
                 raise BadOption(f"{_flag(name)} must be a whole number from 1 up, got {value!r}")
         for name in ("train_load_size", "validation_load_size", "test_load_size"):
             value = getattr(self, name)
-            if not (0 < value <= 1 or (value > 1 and float(value).is_integer())):
+            if not (0 < value <= 1 or (1 < value <= 10**9 and float(value).is_integer())):
                 raise BadOption(
                     f"{_flag(name)} must be a share above 0 and up to 1 (1 is all), or a whole "
-                    f"number of samples, got {value!r}"
+                    f"number of samples from 2 up, got {value!r}"
                 )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise BadOption(f"--lr must be a finite number above 0, got {self.lr!r}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise BadOption(f"--clip-norm must be above 0, got {self.clip_norm!r}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise BadOption(
+                f"--clip-norm must be above 0 and finite, got {self.clip_norm!r}: leave it out to "
+                "clip nothing"
+            )
         if not 0 <= self.seed < 2**32:
             raise BadOption(f"--seed must be a whole number from 0 to 2³²−1, got {self.seed!r}")
         if self.resume and self.reset:
@@ -135,6 +157,10 @@ _CURES = {"lr", "lr_schedule", "clip_norm"}
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,24 +226,39 @@ def learning_rates(options: Options, steps: int) -> np.ndarray:
 def _from_file(path: Path) -> Part:
     """x and y of a user's own .npz file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise BadOption(
+                f"--data {path}: this is an .npy file, which holds one array. "
+                "np.savez('data.npz', x=x, y=y) writes both into one file"
+            )
+        with loaded as file:
+            if not {"x", "y"} <= set(file.files):
+                raise BadOption(
+                    f"--data {path}: it needs arrays named x and y, and holds "
+                    f"{', '.join(file.files) or 'none'}"
+                )
             x, y = (np.asarray(file[name]) for name in ("x", "y"))
+    except BadOption:
+        raise
     except FileNotFoundError:
         raise BadOption(
             f"--data {path}: there is no such file. Give digits, blobs, mnist, or an .npz file "
             "with arrays x (samples, features) and y (samples,)"
         ) from None
-    except KeyError as error:
-        raise BadOption(f"--data {path}: it needs arrays named x and y: {error}") from None
     except Exception as error:  # whatever NumPy and zipfile raise for another kind of file
         raise BadOption(f"--data {path}: this cannot be read as an .npz file: {error}") from None
     if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] == 0:
+        flat = ". x.reshape(len(x), -1) makes one row of each sample" * (x.ndim > 2)
         raise BadOption(
             f"--data {path}: x must be (samples, features) and y (samples,), got {x.shape} and "
-            f"{y.shape}"
+            f"{y.shape}{flat}"
         )
     if not np.issubdtype(y.dtype, np.integer):
-        raise BadOption(f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype}")
+        raise BadOption(
+            f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype}. "
+            "np.unique(y, return_inverse=True)[1] makes them of names"
+        )
     if not np.issubdtype(x.dtype, np.number) or np.iscomplexobj(x):
         raise BadOption(f"--data {path}: x must hold real numbers, got {x.dtype}")
     if len(x) < 10:
@@ -300,6 +341,11 @@ def problem(options: Options) -> Problem:
         shapes = {name: array.shape for name, array in mlp.initial_weights(spec).items()}
     n = len(train.x)
     steps_per_epoch = -(-n // options.batch_size)
+    if steps_per_epoch * options.num_epochs > MOST_STEPS:
+        raise BadOption(
+            f"--num-epochs {options.num_epochs} would take {steps_per_epoch * options.num_epochs} "
+            f"steps, and {MOST_STEPS} are the most: give {MOST_STEPS // steps_per_epoch} or fewer"
+        )
     return Problem(
         train,
         held,
@@ -364,6 +410,30 @@ class BlownUp(RuntimeError):
     """The run ended because its numbers are no longer finite, or its loss grew out of hand."""
 
 
+class NotSaved(RuntimeError):
+    """The run ended because a checkpoint could not be written; older ones are as they were."""
+
+
+def _check_folder(flag: str, folder: Path) -> None:
+    """Refuse a folder that could not be made or written to; nothing is made.
+
+    Raises:
+        BadOption: such a folder.
+    """
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise _unwritable(flag, folder, error) from None
+    if not there.is_dir():
+        raise BadOption(f"{flag} {folder}: {there} is a file, not a folder. Name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadOption(f"{flag} {folder} cannot be written: {there} may not be changed by you")
+
+
+def _unwritable(flag: str, folder: Path, error: OSError) -> BadOption:
+    return BadOption(f"{flag} {folder} cannot be written: {error.strerror or error}. Name another")
+
+
 class Place:
     """The folder of a run: which checkpoints it holds and which it may take.
 
@@ -378,33 +448,84 @@ class Place:
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, Path(options.save_path)
         self.changed: list[str] = []  # what differs from the run that is resumed
-        self.created = not self.folder.exists()
-        try:
-            if not options.resume:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            elif not self.folder.is_dir():
-                raise BadOption(f"--resume: there is no folder {self.folder}, see --save-path")
-            attempt = self.folder / f".writable.{os.getpid()}"
-            attempt.touch()
-            attempt.unlink()
-        except OSError as error:
-            raise BadOption(f"--save-path {self.folder} cannot be written: {error}") from None
-        there = checkpoint.numbered(self.folder)
+        _check_folder("--save-path", self.folder)
+        if options.logdir is not None:
+            _check_folder("--logdir", Path(options.logdir))
+        self.there = checkpoint.numbered(self.folder)
         self.resumed: checkpoint.Checkpoint | None = None
         if options.resume:
-            if not there:
+            if not self.folder.is_dir():
+                raise BadOption(f"--resume: there is no folder {self.folder}, see --save-path")
+            if not self.there:
                 raise BadOption(
                     f"--resume: {self.folder} holds no checkpoint. Leave --resume out to begin, or "
                     "name the folder of the run with --save-path"
                 )
-            self.resumed = checkpoint.load(list(there.values())[-1])
+            self.resumed = checkpoint.load(self.newest)
             self._check_same()
-        elif there and not options.reset:
+        elif self.there and not options.reset:
             raise BadOption(
-                f"--save-path {self.folder} already holds a run, {list(there.values())[-1].name}: "
+                f"--save-path {self.folder} already holds a run, {self.newest.name}: "
                 "--resume goes on with it, --reset deletes its checkpoints and begins anew, "
                 "another --save-path leaves it alone"
             )
+
+    @property
+    def newest(self) -> Path:
+        """The last checkpoint that was found."""
+        return list(self.there.values())[-1]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder, for this run alone; if nothing is written, it is removed again.
+
+        Raises:
+            BadOption: it cannot be made or written, or another run has it.
+        """
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        try:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+            except OSError as error:
+                raise _unwritable("--save-path", self.folder, error) from None
+            with self._locked():
+                yield
+        finally:
+            with suppress(OSError):  # it holds something, or was never made
+                for path in made:
+                    path.rmdir()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other runs out, where the system can: a lock that ends with the process."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        if processes()[0] != 0:  # the first process writes, and has it
+            yield
+            return
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise self._busy() from None
+            if checkpoint.numbered(self.folder) != self.there:  # since it was looked at
+                raise self._busy()
+            yield
+        finally:
+            os.close(folder)
+
+    def _busy(self) -> BadOption:
+        return BadOption(
+            f"--save-path {self.folder}: another run is writing there. Wait for its end, or name "
+            "another folder"
+        )
 
     def _check_same(self) -> None:
         """The run to be resumed is this one."""
@@ -437,18 +558,15 @@ class Place:
                 f"--resume: {path} has {done} epochs behind it, --num-epochs asks for {wanted}"
             )
 
-    def forget(self) -> None:
-        """Leave no empty folder behind when nothing is trained after all."""
-        if self.created and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
-    def clear(self) -> None:
-        """Delete the checkpoints and histories of an earlier run, and nothing else."""
-        for path in self.folder.glob("checkpoint-*.json"):
-            path.unlink()  # first: without it the arrays stand for nothing
-        for pattern in ("checkpoint-*.safetensors", "history-*.npz", ".checkpoint-*.partial"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
+    def tidy(self) -> None:
+        """Delete what killed runs left half-written and, to begin anew, their checkpoints too."""
+        found = checkpoint.partials(self.folder)
+        if self.options.reset:
+            # The JSON first: without it the arrays stand for nothing.
+            for pattern in ("checkpoint-*.json", "checkpoint-*.safetensors", "history-*.npz"):
+                found += self.folder.glob(pattern)
+        for path in found:
+            path.unlink()
 
     def room(self, arrays: dict[str, np.ndarray]) -> None:
         """Refuse to begin a run whose first checkpoint would not fit on the disk."""
@@ -456,7 +574,8 @@ class Place:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise BadOption(
-                f"--save-path {self.folder}: a checkpoint needs {needed} bytes, {free} are free"
+                f"--save-path {self.folder}: a checkpoint needs {needed} bytes, {free} are free. "
+                "Make room, or name a folder on another disk"
             )
 
 
@@ -477,21 +596,20 @@ def run(options: Options, say: Callable[[str], object] = _say) -> list[Epoch]:
 
     Raises:
         BadOption, BadCheckpoint, DataUnavailable, ImportError: nothing was trained or overwritten.
+        NotSaved: a checkpoint could not be written.
         BlownUp: the numbers stopped being finite, or an epoch's mean loss was `BLOWN_UP` times that
             of the untrained network.  The last checkpoint is from before.
     """
-    task = problem(options)
     place = Place(options)
-    side = FRAMEWORKS[options.framework]
-    try:
-        trainer: Trainer = import_module(f"gradlab.{side}.train").Trainer(options, task)
+    task = problem(options)
+    trainer_class = import_module(f"gradlab.{FRAMEWORKS[options.framework]}.train").Trainer
+    # Whatever is refused is refused by now, or before the log is opened.
+    with place.held():
+        trainer: Trainer = trainer_class(options, task)
         speaks = trainer.rank == 0
+        going = _Run(options, task, place, trainer, say if speaks else _say_nothing)
         with _log(options.logdir if speaks else None) as log:
-            return _Run(
-                options, task, place, trainer, say if speaks else _say_nothing, log
-            ).finish()
-    finally:
-        place.forget()
+            return going.finish(log)
 
 
 def _say_nothing(line: str) -> None:
@@ -508,10 +626,9 @@ class _Run:
         place: Place,
         trainer: Trainer,
         say: Callable[[str], object],
-        log: Callable[[Epoch, GradientHistory, int], None],
     ) -> None:
         self.options, self.task, self.place, self.trainer = options, task, place, trainer
-        self.say, self.log, self.speaks = say, log, trainer.rank == 0
+        self.say, self.speaks = say, trainer.rank == 0
         self.first, self.epochs, start_loss = 0, [], None
         if place.resumed is not None:
             record = place.resumed.record
@@ -519,7 +636,9 @@ class _Run:
                 trainer.restore(place.resumed.arrays, record["trainer"])
                 self.epochs = [Epoch(**epoch) for epoch in record["epochs"]]
                 start_loss = float(record["start_loss"])
-            except (KeyError, ValueError, TypeError) as error:
+                if len(self.epochs) != record["epochs_done"]:
+                    raise ValueError(f"it tells of {_several(len(self.epochs), 'epoch')}")
+            except (LookupError, ValueError, TypeError, RuntimeError) as error:
                 raise checkpoint.BadCheckpoint(
                     f"{place.resumed.path} does not fit this network: {error}"
                 ) from None
@@ -531,19 +650,24 @@ class _Run:
         #: Where training could go on from: the last epoch's end, and how many epochs that was.
         self.good, self.good_epochs = trainer.state(), self.first
         place.room(self.good[0])
-        if self.speaks and options.reset:
-            place.clear()
 
-    def finish(self) -> list[Epoch]:
-        """Train the epochs that are left."""
+    def finish(self, log: Callable[[Epoch, GradientHistory, int], None]) -> list[Epoch]:
+        """Train the epochs that are left.
+
+        Args:
+            log: gets each epoch, what the probe holds after it, and the steps before the probe's.
+        """
         from tqdm import tqdm
 
         options, task, trainer = self.options, self.task, self.trainer
+        self.log = log
+        if self.speaks:
+            self.place.tidy()
         self.say(
             f"{options.model_name} in {options.framework}: {len(task.train.x)} training samples of "
             f"{task.spec.features} features and {task.spec.classes} classes, "
-            f"{task.steps_per_epoch} steps an epoch, {options.num_epochs - self.first} of "
-            f"{options.num_epochs} epochs to go"
+            f"{_several(task.steps_per_epoch, 'step')} an epoch, {options.num_epochs - self.first} "
+            f"of {_several(options.num_epochs, 'epoch')} to go"
         )
         if self.place.changed:
             self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
@@ -554,8 +678,9 @@ class _Run:
                 unit="step",
                 disable=None if self.speaks else True,  # None: where nobody sees it
             ) as self.bar:
+                self.steps, self.spoke = task.steps_per_epoch * self.first, time.monotonic()
                 try:
-                    trainer.fit(self.first, options.num_epochs, self.bar.update, self._after_epoch)
+                    trainer.fit(self.first, options.num_epochs, self._after_step, self._after_epoch)
                 except FloatingPointError as error:  # the probe's, on either side
                     self.bar.close()
                     steps = task.steps_per_epoch
@@ -571,8 +696,17 @@ class _Run:
         if self.speaks:  # what an earlier attempt left would mislead now
             (self.place.folder / AT_THE_END).unlink(missing_ok=True)
         loss, accuracy = trainer.evaluate(task.test)
-        self.say(f"test loss {loss:.4g}, accuracy {accuracy:.1%}. {self._left()}")
+        self.say(f"test loss {loss:.4g}, test accuracy {accuracy:.1%}. {self._left()}")
         return self.epochs
+
+    def _after_step(self) -> None:
+        """Show how far it is: on a terminal a bar does, elsewhere a line now and then."""
+        self.steps += 1
+        self.bar.update()
+        if self.bar.disable and time.monotonic() - self.spoke >= SPEAK_EVERY:
+            epoch, step = divmod(self.steps - 1, self.task.steps_per_epoch)
+            self.say(f"epoch {epoch + 1}: step {step + 1} of {self.task.steps_per_epoch}")
+            self.spoke = time.monotonic()
 
     def _after_epoch(self, number: int, loss: float) -> None:
         """Look at the network, log and save it; `number` counts from 0."""
@@ -583,8 +717,9 @@ class _Run:
         self.bar.clear()
         self.say(
             f"epoch {done}: loss {loss:.4g}, validation loss {epoch.validation_loss:.4g}, "
-            f"accuracy {epoch.validation_accuracy:.1%}"
+            f"validation accuracy {epoch.validation_accuracy:.1%}"
         )
+        self.spoke = time.monotonic()
         self.log(epoch, history, self.first * task.steps_per_epoch)
         arrays, numbers = self.trainer.state()
         self._check(done, loss, arrays, history)
@@ -610,21 +745,28 @@ class _Run:
             self._explain(f"The mean loss of this epoch is {loss:.4g}, from {self.start_loss:.4g}.")
 
     def _explain(self, sentence: str, rows: np.ndarray | None = None) -> None:
-        """Say what went wrong: at a step that was not taken, and before it went wrong at all."""
+        """Say what went wrong: before it went wrong at all, then at a step that was not taken."""
         self.bar.close()
         self.say(sentence)
-        if rows is not None:
-            self.say(str(self.trainer.diagnose(rows)))
+        of_the_step = None if rows is None else self.trainer.diagnose(rows)
         history = self.place.folder / AT_THE_END
+        written = f"The gradients of its last steps are in {history}"
         if self.speaks:
-            self.trainer.history.save(history)
-        # What fails is often only the last of a series.
+            try:
+                self.trainer.history.save(history)
+            except OSError as error:
+                written = f"{history} could not be written: {error.strerror or error}"
+        # First the cause: what fails is often only the last of a series.
         self.trainer.restore(*self.good)
-        self.say(f"\nThe network after {self.good_epochs} epochs, on its next batch:")
+        after = _several(self.good_epochs, "epoch")
+        self.say(f"\nThe network after {after}, on its next batch:")
         self.say(str(self.trainer.diagnose(self._rows(self.good_epochs, 0))))
+        if of_the_step is not None:
+            self.say("\nWhat had become of it, at the step that was left out:")
+            self.say(str(of_the_step))
         raise BlownUp(
-            f"the run blew up. {self._left()} The gradients of its last steps are in {history}; "
-            "--resume goes on, also with another --lr, --lr-schedule or --clip-norm"
+            f"the run blew up. {self._left()} {written}; --resume goes on, also "
+            "with another --lr, --lr-schedule or --clip-norm"
         ) from None
 
     def _rows(self, epoch: int, batch: int) -> np.ndarray:
@@ -638,19 +780,21 @@ class _Run:
 
     def _save(self, arrays: dict[str, np.ndarray], numbers: dict, history: GradientHistory) -> None:
         done = len(self.epochs)
-        history.save(self.place.folder / f"history-{done:06d}.npz")
-        checkpoint.save(
-            self.place.folder,
-            done,
-            arrays,
-            {
-                "options": asdict(self.options),
-                "epochs_done": done,
-                "start_loss": self.start_loss,
-                "epochs": [epoch._asdict() for epoch in self.epochs],
-                "trainer": numbers,
-            },
-        )
+        record = {
+            "options": asdict(self.options),
+            "epochs_done": done,
+            "start_loss": self.start_loss,
+            "epochs": [epoch._asdict() for epoch in self.epochs],
+            "trainer": numbers,
+        }
+        try:
+            history.save(self.place.folder / f"history-{done:06d}.npz")
+            checkpoint.save(self.place.folder, done, arrays, record)
+        except OSError as error:
+            raise NotSaved(
+                f"epoch {done} could not be saved in {self.place.folder}: "
+                f"{error.strerror or error}. {self._left()} Mend that, and --resume goes on from it"
+            ) from None
 
 
 @contextmanager
@@ -664,7 +808,7 @@ def _log(logdir: str | None) -> Iterator[Callable[[Epoch, GradientHistory, int],
     try:
         writer = SummaryWriter(logdir)
     except OSError as error:
-        raise BadOption(f"--logdir {logdir} cannot be written: {error}") from None
+        raise _unwritable("--logdir", Path(logdir), error) from None
     written = -1
 
     def log(epoch: Epoch, history: GradientHistory, offset: int) -> None:

@@ -20,7 +20,7 @@ def quiet_import():
         os.dup2(said.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:  # an interrupt is no failure of TensorFlow's
             said.seek(0)
             os.write(descriptor, said.read())
             raise

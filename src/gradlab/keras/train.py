@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import keras
@@ -15,7 +14,7 @@ from gradlab.history import GradientHistory
 from gradlab.keras import convnet, models
 from gradlab.keras.diagnose import diagnose
 from gradlab.keras.probe import GradientProbe
-from gradlab.training import BadOption, Options, Part, Problem
+from gradlab.training import BadOption, Options, Part, Problem, processes
 
 _POLICIES = {"float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}
 _AT_ONCE = 4096  # samples that are evaluated together
@@ -72,7 +71,7 @@ class Trainer:
     """
 
     def __init__(self, options: Options, problem: Problem) -> None:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if processes()[1] > 1:
             raise BadOption(
                 "torchrun starts processes that PyTorch connects; with --framework tensorflow each "
                 "of them would train alone. Start one process, or use --framework torch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from gradlab.history import GradientHistory
 from gradlab.torch import convnet, models
 from gradlab.torch.diagnose import diagnose
 from gradlab.torch.probe import GradientProbe
-from gradlab.training import Options, Part, Problem
+from gradlab.training import Options, Part, Problem, processes
 
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _AT_ONCE = 4096  # samples that are evaluated together
+_SUMMED = 1024  # steps whose losses are added up together: adding each takes as long as a probe
 
 
 def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -30,6 +32,15 @@ def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimiz
             return torch.optim.RMSprop(parameters, lr=0.0)
     momentum = 0.0 if name == "sgd" else 0.9
     return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, nesterov=name == "nesterov")
+
+
+def _weighted(losses: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
+    """Σ loss · share, float64; both lists are emptied."""
+    stacked = torch.stack(losses).double()
+    total = stacked @ torch.tensor(shares, dtype=torch.float64, device=stacked.device)
+    losses.clear()
+    shares.clear()
+    return total
 
 
 class Trainer:
@@ -44,7 +55,7 @@ class Trainer:
 
     def __init__(self, options: Options, problem: Problem) -> None:
         self.options, self.problem = options, problem
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = processes()
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
         if self.world > 1 and not distributed.is_initialized():
@@ -61,7 +72,7 @@ class Trainer:
         kind = torch.device(self.device).type
         self.scaler = torch.amp.GradScaler(kind, enabled=options.precision == "float16")
         half = _HALF.get(options.precision)
-        self.autocast = lambda: torch.autocast(kind, half, enabled=half is not None)
+        self.autocast = (lambda: torch.autocast(kind, half)) if half else nullcontext
         self.probe = GradientProbe(
             self.model,
             self.optimizer,
@@ -77,18 +88,21 @@ class Trainer:
         """What the probe recorded."""
         return self.probe.history
 
-    def _loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The sum over the samples."""
+    def _loss(self, logits: torch.Tensor, y: torch.Tensor, count: float) -> torch.Tensor:
+        """The sum over the samples, divided by `count`."""
         if self.options.loss == "cross-entropy":
-            return F.cross_entropy(logits, y, reduction="sum")
-        return F.mse_loss(logits, F.one_hot(y, logits.shape[1]).to(logits.dtype), reduction="sum")
+            if count == len(y):
+                return F.cross_entropy(logits, y)  # the usual step, in one operation
+            return F.cross_entropy(logits, y, reduction="sum") / count
+        wanted = F.one_hot(y, logits.shape[1]).to(logits.dtype)
+        return F.mse_loss(logits, wanted, reduction="sum") / count
 
     def _mean_loss(
         self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         x, y = batch
         with self.autocast():
-            return self._loss(model(x).float(), y) / len(y)
+            return self._loss(model(x).float(), y, len(y))
 
     def fit(
         self,
@@ -108,32 +122,39 @@ class Trainer:
             FloatingPointError: the probe's, with on_nonfinite="raise".
         """
         size, scaler, n = self.options.batch_size, self.scaler, len(self.y)
-        rates = iter(self.problem.rates[first * self.problem.steps_per_epoch :])
+        # (As Python's own numbers, with which the optimiser's arithmetic is faster.)
+        rates = map(float, self.problem.rates[first * self.problem.steps_per_epoch :])
         with self.probe:
             for epoch in range(first, last):
                 self.model.train()
                 order = torch.from_numpy(self.problem.order(epoch)).to(self.device)
                 total = torch.zeros((), device=self.device, dtype=torch.float64)
-                for start in range(0, n, size):
-                    rows = order[start : start + size]
-                    mine = rows[self.rank :: self.world]
+                losses: list[torch.Tensor] = []
+                shares: list[float] = []
+                for rows in order.split(size):
+                    mine = rows[self.rank :: self.world] if self.world > 1 else rows
+                    rate = next(rates)
                     for group in self.optimizer.param_groups:
-                        group["lr"] = next(rates)
+                        group["lr"] = rate
                     self.optimizer.zero_grad()
                     with self.autocast():
                         logits = self.model(self.x[mine])
-                    # DistributedDataParallel averages over the processes: with this factor the
+                    # DistributedDataParallel averages over the processes: with this count the
                     # result is the mean over the whole batch, also where shares differ by one.
-                    loss = self._loss(logits.to(self.x.dtype), self.y[mine]) * (
-                        self.world / len(rows)
-                    )
+                    share = len(rows) / self.world
+                    loss = self._loss(logits.to(self.x.dtype), self.y[mine], share)
                     scaler.scale(loss).backward()
                     if self.options.clip_norm is not None:
                         self.probe.clip_(self.options.clip_norm)
                     scaler.step(self.optimizer)
                     scaler.update()
-                    total += loss.detach() * (len(rows) / self.world)
+                    losses.append(loss.detach())
+                    shares.append(share)
+                    if len(losses) == _SUMMED:
+                        total += _weighted(losses, shares)
                     after_step()
+                if losses:
+                    total += _weighted(losses, shares)
                 if self.world > 1:
                     distributed.all_reduce(total)
                 after_epoch(epoch, float(total) / n)
@@ -152,7 +173,7 @@ class Trainer:
                 x = torch.as_tensor(part.x[here], dtype=self.x.dtype, device=self.device)
                 y = torch.as_tensor(part.y[here], device=self.device)
                 logits = self.inner(x).to(self.x.dtype)
-                total += float(self._loss(logits, y))
+                total += float(self._loss(logits, y, 1))
                 right += int((logits.argmax(1) == y).sum())
         return total / len(part.y), right / len(part.y)
 
