@@ -1,7 +1,7 @@
 """The ledger of claims: `{claims-ledger}` renders it, {claim}`A3.2` links to a row of it.
 
-On other pages, `{claims-ledger}` with `:article: 3` lists that article's verdicts, word by word, and
-{verdict}`A3.2` is the word of one claim, with a link to its row.
+On other pages, `{claims-ledger}` with `:article: 3` lists that article's verdicts, word by word,
+and {verdict}`A3.2` is the word of one claim, with a link to its row.
 
 The statements come from `book/claims.yml`, the verdicts from the executed notebooks of this build,
 so the page cannot say what no cell decided.  The table is laid out when the page is read; the
