@@ -236,7 +236,7 @@ def by_word(app, docname: str, claim_ids: list[str]) -> nodes.bullet_list:
         word = app.ledger.get(claim_id, {}).get("verdict", OPEN)
         groups.setdefault(word, []).append(claim_id)
     words = [word for kind in registry.WORDS.values() for word in kind]
-    items = nodes.bullet_list(classes=["verdict-list"])
+    items = nodes.bullet_list()
     for word in dict.fromkeys([*words, OPEN]):
         if own := groups.get(word):
             line = nodes.paragraph("", "", mark(word), nodes.Text(f" {len(own)}: "))
