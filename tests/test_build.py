@@ -43,11 +43,14 @@ class TinyBook:
         (root / "notebooks").mkdir()
         (root / "src").mkdir()
         toc = "format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/one\n"
-        (root / "_toc.yml").write_text(toc + "- file: book/claims\n")
+        (root / "_toc.yml").write_text(toc + "- file: book/claims\n- file: book/articles\n")
         (root / "book/references.bib").write_text("")
         (root / "book/claims.yml").write_text(CLAIMS)
         (root / "book/intro.md").write_text("# Tiny\n\n{claim}`A1.1` and $x^2$.\n")
         (root / "book/claims.md").write_text("# Claims\n\n```{claims-ledger}\n```\n")
+        article = "```{claims-ledger}\n:article: 1\n```\n"
+        words = "{verdict}`A1.1`, {verdict}`A1.2`.\n"
+        (root / "book/articles.md").write_text(f"# Articles\n\n{words}\n{article}")
         self.helper("def number():\n    return 41\n")
         self.notebook()
 
@@ -112,6 +115,31 @@ def test_pages_show_results_tabs_and_verdicts(book):
     assert ledger == {
         "A1.1": {"verdict": "supported", "chapter": "one", "notebook": "notebooks/one.ipynb"}
     }
+
+
+def test_other_pages_take_their_words_from_the_ledger(book):
+    page = book.page("book/articles")
+    link = r'<a [^>]*href="claims.html#claim-{}"[^>]*>\s*<span class="[^"]*badge-{}">{}</span></a>'
+    assert re.search(link.format("A1.1", "supported", "supported"), page)
+    assert re.search(link.format("A1.2", "open", "open"), page)
+    words = [re.sub("<[^>]+>", "", item) for item in re.findall("<li><p>.*?</p>", page, re.S)]
+    assert [" ".join(item.split()) for item in words] == ["supported 1: A1.1", "open 1: A1.2"]
+    book.notebook(VERDICT.replace("supported=", "refuted="))
+    assert book.build().returncode == 0
+    again = book.page("book/articles")
+    assert re.search(link.format("A1.1", "refuted", "refuted"), again)
+
+
+def test_a_word_of_no_claim_fails_the_build(book):
+    page = book.root / "book/articles.md"
+    before = page.read_text()
+    page.write_text(before.replace("A1.2", "A7.7"))
+    try:
+        result = book.build()
+    finally:
+        page.write_text(before)
+    assert result.returncode != 0
+    assert "no claim 'A7.7'" in result.stdout + result.stderr
 
 
 def test_nothing_changed_nothing_executed(book):

@@ -1,5 +1,8 @@
 """The ledger of claims: `{claims-ledger}` renders it, {claim}`A3.2` links to a row of it.
 
+On other pages, `{claims-ledger}` with `:article: 3` lists that article's verdicts, word by word,
+and {verdict}`A3.2` is the word of one claim, with a link to its row.
+
 The statements come from `book/claims.yml`, the verdicts from the executed notebooks of this build,
 so the page cannot say what no cell decided.  The table is laid out when the page is read; the
 verdicts are filled in when it is written, after every notebook has been read.  A claim of an
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from sphinx.util.nodes import make_refnode
@@ -46,11 +50,18 @@ class Slot(nodes.General, nodes.Element):
 
 
 class ClaimsLedger(SphinxDirective):
-    """`{claims-ledger}`: a summary, then one table per article."""
+    """`{claims-ledger}`: a summary, then one table per article; or one article's verdicts."""
+
+    option_spec = {"article": directives.positive_int}  # noqa: RUF012 (docutils' own type)
 
     def run(self) -> list[nodes.Node]:
         path = Path(self.env.srcdir) / REGISTRY
         self.env.note_dependency(str(path))
+        if article := self.options.get("article"):
+            if all(claim.article != article for claim in registry.load(path).values()):
+                raise self.error(f"no claim of article {article} in {REGISTRY}")
+            verdict_pages(self.env).add(self.env.docname)
+            return [Slot(fill="article", article=article)]
         self.env.ledger_page = self.env.docname
         found: list[nodes.Node] = [Slot(fill="summary")]
         by_article: dict[int, list[registry.Claim]] = {}
@@ -101,6 +112,31 @@ class ClaimRole(SphinxRole):
         return [reference], []
 
 
+class VerdictRole(SphinxRole):
+    """{verdict}`A3.2` is the claim's verdict, and links to its row."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        path = Path(self.env.srcdir) / REGISTRY
+        self.env.note_dependency(str(path))
+        if self.text not in registry.load(path):
+            message = self.inliner.reporter.error(f"no claim {self.text!r} in {REGISTRY}")
+            return [], [message]
+        verdict_pages(self.env).add(self.env.docname)
+        return [Slot(fill="word", claim=self.text)], []
+
+
+def verdict_pages(env) -> set[str]:
+    """The pages beside the ledger that show verdicts."""
+    if not hasattr(env, "verdict_pages"):
+        env.verdict_pages = set()
+    return env.verdict_pages
+
+
+def forget_page(app, env, docname: str) -> None:
+    """A page that is read again may show no verdict any more."""
+    verdict_pages(env).discard(docname)
+
+
 def resolve_claim(app, env, node, contnode):
     """The link of a `{claim}` role; None, hence a warning, when there is no such claim."""
     page = getattr(env, "ledger_page", None)
@@ -126,9 +162,10 @@ def depend_on_execution(app, doctree) -> None:
 
 
 def collect(app, env) -> list[str]:
-    """Take the verdicts from the executed notebooks; the ledger's page is written every time."""
+    """Take the verdicts from the executed notebooks; pages that show them are always written."""
     page = getattr(env, "ledger_page", None)
-    if page is None or page not in env.found_docs:
+    pages = sorted(({page} | verdict_pages(env)) & env.found_docs)
+    if not pages:
         return []
     root = Path(app.srcdir)
     cache = executed.cache_of(root)
@@ -148,10 +185,10 @@ def collect(app, env) -> list[str]:
     claims = registry.load(root / REGISTRY)
     ledger, problems = registry.collect(copies, claims)
     for problem in problems:
-        LOGGER.warning("claims: %s", problem, location=page)
+        LOGGER.warning("claims: %s", problem, location=page or pages[0])
     (root / "_build" / "ledger.json").write_text(json.dumps(ledger, indent=1) + "\n")
     app.ledger = ledger
-    return [page]
+    return pages
 
 
 def fill_slots(app, doctree, docname) -> None:
@@ -160,6 +197,16 @@ def fill_slots(app, doctree, docname) -> None:
         if slot["fill"] == "summary":
             claims = registry.load(Path(app.srcdir) / REGISTRY)
             slot.replace_self(summary(app.ledger, len(claims)))
+            continue
+        if slot["fill"] == "article":
+            claims = registry.load(Path(app.srcdir) / REGISTRY).values()
+            own = [claim.id for claim in claims if claim.article == slot["article"]]
+            slot.replace_self(by_word(app, docname, own))
+            continue
+        if slot["fill"] == "word":
+            word = app.ledger.get(slot["claim"], {}).get("verdict", OPEN)
+            link = row_link(app, docname, slot["claim"], mark(word))
+            slot.replace_self(link)
             continue
         decided = app.ledger.get(slot["claim"])
         if slot["fill"] == "correction":
@@ -182,9 +229,38 @@ def summary(ledger: dict[str, dict[str, str]], total: int) -> nodes.paragraph:
     return paragraph
 
 
+def by_word(app, docname: str, claim_ids: list[str]) -> nodes.bullet_list:
+    """One article's verdicts: every word with the claims that ended with it."""
+    groups: dict[str, list[str]] = {}
+    for claim_id in claim_ids:
+        word = app.ledger.get(claim_id, {}).get("verdict", OPEN)
+        groups.setdefault(word, []).append(claim_id)
+    words = [word for kind in registry.WORDS.values() for word in kind]
+    items = nodes.bullet_list()
+    for word in dict.fromkeys([*words, OPEN]):
+        if own := groups.get(word):
+            line = nodes.paragraph("", "", mark(word), nodes.Text(f" {len(own)}: "))
+            for number, claim_id in enumerate(own):
+                line += [nodes.Text(", ")] if number else []
+                line += row_link(app, docname, claim_id, nodes.inline("", claim_id))
+            items += nodes.list_item("", line)
+    return items
+
+
+def row_link(app, docname: str, claim_id: str, shown: nodes.Node) -> nodes.Node:
+    """A link to the claim's row in the ledger; in a book without one, what would be linked."""
+    page = getattr(app.env, "ledger_page", None)
+    if page not in app.env.found_docs:
+        return shown
+    return make_refnode(app.builder, docname, page, anchor(claim_id), shown, claim_id)
+
+
+def mark(word: str) -> nodes.inline:
+    return nodes.inline("", word, classes=["verdict-badge", f"verdict-badge-{word}"])
+
+
 def badge(word: str) -> nodes.paragraph:
-    classes = ["verdict-badge", f"verdict-badge-{word}"]
-    return nodes.paragraph("", "", nodes.inline("", word, classes=classes))
+    return nodes.paragraph("", "", mark(word))
 
 
 def chapter(app, docname: str, name: str) -> nodes.paragraph:
@@ -204,9 +280,11 @@ def setup(app):
     app.add_node(Slot)
     app.add_directive("claims-ledger", ClaimsLedger)
     app.add_role("claim", ClaimRole())
+    app.add_role("verdict", VerdictRole())
+    app.connect("env-purge-doc", forget_page)
     app.connect("doctree-read", depend_on_execution)
     app.connect("env-updated", collect)
     app.connect("doctree-resolved", fill_slots)
     app.connect("missing-reference", resolve_claim)
     # One environment per process keeps the page's name; reading in parallel would lose it.
-    return {"parallel_read_safe": False, "parallel_write_safe": True, "env_version": 2}
+    return {"parallel_read_safe": False, "parallel_write_safe": True, "env_version": 3}

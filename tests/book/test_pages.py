@@ -175,6 +175,20 @@ def test_the_ledger_page_says_what_the_ledger_says():
     assert {w: int(n) for n, w in re.findall(r"(\d+) ([a-z]+)[,.]", summary)} == dict(words)
 
 
+@every_page
+def test_every_page_takes_its_words_from_the_ledger(document):
+    ledger = json.loads((ROOT / "_build" / "ledger.json").read_text())
+    for badge in soup(HTML / f"{document}.html").select("a .verdict-badge"):
+        claim_id = urldefrag(badge.find_parent("a")["href"]).fragment.removeprefix("claim-")
+        assert badge.get_text() == ledger.get(claim_id, {}).get("verdict", "open"), claim_id
+
+
+def test_the_page_on_the_articles_names_every_claim():
+    page = soup(HTML / "book" / "articles.html")
+    shown = [link.get_text() for link in page.select("article li a[href*='claims.html#claim-']")]
+    assert sorted(shown) == sorted(claims.load(ROOT / "book" / "claims.yml"))
+
+
 def test_the_claims_of_the_chapters_are_all_decided():
     ledger = json.loads((ROOT / "_build" / "ledger.json").read_text())
     chapters = {Path(name).name for name in CHAPTERS}
