@@ -462,6 +462,11 @@ def test_drawn_weights_have_their_scheme_s_spread(shape):
         convnet.draw(shape, "ones", rng)
 
 
+def test_a_name_that_says_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"end in \.weight, \.scale or \.bias, got weight"):
+        convnet.initial_weights({"weight": (3, 2), "output.bias": (2,)}, "he", 0)
+
+
 # ---------------------------------------------------------------------------------------------
 # Training
 

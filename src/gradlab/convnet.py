@@ -79,13 +79,19 @@ def draw(shape: tuple[int, ...], scheme: str, rng: np.random.Generator) -> np.nd
 def initial_weights(
     shapes: Mapping[str, tuple[int, ...]], scheme: str, seed: int
 ) -> dict[str, np.ndarray]:
-    """Random initial weights for named shapes: weights by `draw`, scales 1, all else 0.
+    """Random initial weights for named shapes: weights by `draw`, scales 1, biases 0.
 
     Args:
-        shapes: name to shape, as `ConvNetSpec.shapes`.
+        shapes: name to shape, as `ConvNetSpec.shapes`; a name ends in ".weight", ".scale" or ".bias".
         scheme: see `draw`.
         seed: of the draw.
+
+    Raises:
+        ValueError: a name with another ending.
     """
+    unknown = [name for name in shapes if not name.endswith((".weight", ".scale", ".bias"))]
+    if unknown:
+        raise ValueError(f"names must end in .weight, .scale or .bias, got {', '.join(unknown)}")
     rng = np.random.default_rng(seed)
     return {
         name: draw(shape, scheme, rng)

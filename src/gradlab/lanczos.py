@@ -60,9 +60,9 @@ def largest_eigenvalue(
     before, settled = np.inf, False
     while not settled and len(diagonal) < products:
         image = product(basis[-1])
-        diagonal.append(float(image @ basis[-1]))
-        if not np.isfinite(image).all():
+        if not np.isfinite(image).all():  # (asked first: NumPy would warn of a product with it)
             raise FloatingPointError("a product with the Hessian is not finite")
+        diagonal.append(float(image @ basis[-1]))
         for q in (*basis, basis[-1]):
             image = image - (image @ q) * q
         ritz, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))

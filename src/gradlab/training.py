@@ -764,10 +764,13 @@ class _Run:
         if of_the_step is not None:
             self.say("\nWhat had become of it, at the step that was left out:")
             self.say(str(of_the_step))
-        raise BlownUp(
-            f"the run blew up. {self._left()} {written}; --resume goes on, also "
-            "with another --lr, --lr-schedule or --clip-norm"
-        ) from None
+        saved = checkpoint.numbered(self.place.folder)
+        again = (
+            "--resume goes on, also with another --lr, --lr-schedule or --clip-norm"
+            if saved
+            else "begin again with what the diagnosis says, or save more often with --save-interval"
+        )
+        raise BlownUp(f"the run blew up. {self._left()} {written}; {again}") from None
 
     def _rows(self, epoch: int, batch: int) -> np.ndarray:
         """The training samples of one batch."""
