@@ -82,7 +82,7 @@ def initial_weights(
     """Random initial weights for named shapes: weights by `draw`, scales 1, biases 0.
 
     Args:
-        shapes: name to shape, as `ConvNetSpec.shapes`; a name ends in ".weight", ".scale" or ".bias".
+        shapes: name to shape, as `ConvNetSpec.shapes`; names end in ".weight", ".scale" or ".bias".
         scheme: see `draw`.
         seed: of the draw.
 
