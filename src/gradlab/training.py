@@ -50,7 +50,7 @@ LOG_EVERY = 50
 #: Seconds after which a run that draws no progress bar says how far it is.
 SPEAK_EVERY = 30.0
 
-#: Of a whole run: the rate of each is kept.
+#: The most steps that a run may have, for the rate of each is kept.
 MOST_STEPS = 50_000_000
 
 
