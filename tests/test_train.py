@@ -390,14 +390,29 @@ def test_folders_may_have_any_name(capsys, tmp_path, monkeypatch):
 
 
 def test_reset_deletes_the_run_and_nothing_else(capsys, run):
-    (run / "notes.txt").write_text("mine")
-    assert train(capsys, *QUICK, "--save-path", run, "--reset", "--num-epochs", "1")[0] == 0
-    assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoint-000001.json",
-        "checkpoint-000001.safetensors",
-        "history-000001.npz",
-        "notes.txt",
-    ]
+    others = (
+        *("checkpoint-best.safetensors", "checkpoint-last.json", "checkpoint-00001.json"),
+        *("checkpoint-000001.json.bak", "history-2024.npz", "history.npz", "notes.txt"),
+        *(".notes.txt.12.partial", ".checkpoint-best.json.12.partial", ".mine.partial"),
+    )
+    for name in others:
+        (run / name).write_text("mine")
+    (run / training.AT_THE_END).write_text("of a run that blew up")
+    (run / ".history-000002.npz.12.partial").write_text("half")
+    code, out, _ = train(capsys, *QUICK, "--save-path", run, "--reset", "--num-epochs", "1")
+    assert code == 0
+    # Three of each of the two epochs, and two more.
+    assert out.startswith(f"--reset: 8 files of {run} deleted\n")
+    own = {"checkpoint-000001.json", "checkpoint-000001.safetensors", "history-000001.npz"}
+    assert {path.name for path in run.iterdir()} == own | set(others)
+    assert all((run / name).read_text() == "mine" for name in others)
+    assert train(capsys, *QUICK, "--save-path", run, "--resume")[0] == 0
+    assert all((run / name).read_text() == "mine" for name in others)
+
+
+def test_a_reset_with_nothing_to_delete_says_nothing(capsys, tmp_path):
+    _, out, _ = train(capsys, *QUICK, "--save-path", tmp_path, "--reset", "--num-epochs", "1")
+    assert "--reset" not in out
 
 
 # ---------------------------------------------------------------------------------------------

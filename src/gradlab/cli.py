@@ -130,7 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         "go on from the newest checkpoint in --save-path, to the weights of an unbroken run",
         action="store_true",
     )
-    option("--reset", "delete the checkpoints in --save-path first", action="store_true")
+    option(
+        "--reset",
+        "delete the checkpoints and histories in --save-path first, and no other file",
+        action="store_true",
+    )
     option(
         "--logdir", "write TensorBoard's events into this folder (default: none)", metavar="FOLDER"
     )

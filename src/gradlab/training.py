@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -43,6 +44,11 @@ BLOWN_UP = 10.0
 
 #: The gradient norms of a run that blew up, beside its checkpoints.
 AT_THE_END = "history-at-the-end.npz"
+
+#: What a run writes into its folder, and all that it ever deletes there.
+_OWN = re.compile(
+    r"checkpoint-\d{6,}\.(json|safetensors)|history-\d{6,}\.npz|" + re.escape(AT_THE_END)
+)
 
 #: TensorBoard gets the gradient norms of every so many steps.
 LOG_EVERY = 50
@@ -558,15 +564,24 @@ class Place:
                 f"--resume: {path} has {done} epochs behind it, --num-epochs asks for {wanted}"
             )
 
-    def tidy(self) -> None:
-        """Delete what killed runs left half-written and, to begin anew, their checkpoints too."""
-        found = checkpoint.partials(self.folder)
+    def tidy(self) -> int:
+        """Delete what killed runs left half-written and, to begin anew, their checkpoints too.
+
+        Returns:
+            How many files that were.  No name that the command does not write is among them.
+        """
+        found = [
+            path
+            for path in checkpoint.partials(self.folder)
+            if _OWN.fullmatch(checkpoint.name_of_partial(path))
+        ]
         if self.options.reset:
+            own = [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
             # The JSON first: without it the arrays stand for nothing.
-            for pattern in ("checkpoint-*.json", "checkpoint-*.safetensors", "history-*.npz"):
-                found += self.folder.glob(pattern)
+            found += sorted(own, key=lambda path: (path.suffix != ".json", path.name))
         for path in found:
             path.unlink()
+        return len(found)
 
     def room(self, arrays: dict[str, np.ndarray]) -> None:
         """Refuse to begin a run whose first checkpoint would not fit on the disk."""
@@ -662,7 +677,9 @@ class _Run:
         options, task, trainer = self.options, self.task, self.trainer
         self.log = log
         if self.speaks:
-            self.place.tidy()
+            deleted = self.place.tidy()
+            if options.reset and deleted:
+                self.say(f"--reset: {_several(deleted, 'file')} of {options.save_path} deleted")
         self.say(
             f"{options.model_name} in {options.framework}: {len(task.train.x)} training samples of "
             f"{task.spec.features} features and {task.spec.classes} classes, "
