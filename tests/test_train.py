@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -624,6 +625,83 @@ def test_a_lost_network_is_explained_and_not_saved(capsys, tmp_path, side, way):
     assert kind in out.split("on its next batch:")[1]
     for path in checkpoint.numbered(tmp_path).values():
         assert all(np.isfinite(array).all() for array in checkpoint.load(path).arrays.values())
+
+
+def with_a_bad_sample(monkeypatch, row: int) -> None:
+    """Put a NaN into the training data behind the command's back."""
+    prepare = training.problem
+
+    def problem(options):
+        task = prepare(options)
+        task.train.x[row] = np.nan
+        return task
+
+    monkeypatch.setattr(training, "problem", problem)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("model", ["mlp", "nn"])
+@pytest.mark.parametrize("side", SIDES)
+def test_one_bad_step_is_left_out_and_the_run_goes_on(
+    capsys, tmp_path, monkeypatch, side, model, precision
+):
+    hot = (*QUICK, "--framework", side, "--model-name", model, "--precision", precision)
+    with_a_bad_sample(monkeypatch, 77)
+    code, out, err = train(capsys, *hot, "--on-nonfinite", "skip", "--save-path", tmp_path)
+    assert code == 0, out + err
+    assert "Of the last 14 steps, 2 were left out." in out
+    record = checkpoint.load(tmp_path / "checkpoint-000002.json").record
+    assert all(np.isfinite(epoch["loss"]) for epoch in record["epochs"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_mean_loss_is_that_of_the_steps_that_were_taken(tmp_path, monkeypatch, side):
+    options = training.Options(
+        framework=side,
+        model_name="mlp",
+        train_load_size=200,
+        num_epochs=2,
+        optimizer="sgd",
+        lr=1e-30,  # nothing moves
+        on_nonfinite="skip",
+        save_path=str(tmp_path),
+    )
+    task = training.problem(options)
+    order = [task.order(epoch) for epoch in range(2)]
+    bad = int(order[0][199])  # the last step of epoch 0, of eight samples
+    with_a_bad_sample(monkeypatch, bad)
+    epochs = training.run(options, lambda line: None)
+    trainer = import_module(f"gradlab.{training.FRAMEWORKS[side]}.train").Trainer(options, task)
+    for epoch, rows in zip(epochs, order, strict=True):
+        batch = int(np.flatnonzero(rows == bad)[0]) // 32
+        taken = np.delete(rows, np.s_[32 * batch : 32 * batch + 32])
+        assert len(taken) == (192 if epoch.epoch == 1 else 200 - len(rows[32 * batch :][:32]))
+        wanted, _ = trainer.evaluate(training.Part(task.train.x[taken], task.train.y[taken]))
+        assert epoch.loss == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_mean_loss_that_is_no_number_is_explained_by_the_step_left_out(
+    capsys, tmp_path, monkeypatch, side
+):
+    prepared = training.problem(training.Options(model_name="mlp", train_load_size=200))
+    with_a_bad_sample(monkeypatch, int(prepared.order(1)[70]))  # the third step of the second epoch
+    trainer = import_module(f"gradlab.{training.FRAMEWORKS[side]}.train").Trainer
+    fit = trainer.fit
+
+    def lost(self, first, last, after_step, after_epoch):
+        def after(epoch, loss):
+            after_epoch(epoch, loss if epoch == 0 else np.nan)
+
+        fit(self, first, last, after_step, after)
+
+    monkeypatch.setattr(trainer, "fit", lost)
+    code, out, _ = train(
+        capsys, *QUICK, "--framework", side, "--on-nonfinite", "skip", "--save-path", tmp_path
+    )
+    assert code == cli.BLEW_UP
+    assert "The mean loss of this epoch is nan" in out
+    assert "Bad input at " in out.split("at the step that was left out:")[1]
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -388,7 +388,10 @@ class Trainer(Protocol):
         after_step: Callable[[], object],
         after_epoch: Callable[[int, float], object],
     ) -> None:
-        """Train epochs first to last − 1; `after_epoch` gets the epoch and its mean loss."""
+        """Train epochs first to last − 1.
+
+        `after_epoch` gets the epoch and its mean loss over the steps that were taken, NaN if none.
+        """
 
     def evaluate(self, part: Part) -> tuple[float, float]:
         """Mean loss and accuracy."""
@@ -756,10 +759,20 @@ class _Run:
         if history.skipped[-self.task.steps_per_epoch :].all():
             self._explain(
                 "Every step of this epoch was left out, for no gradient was finite.",
-                self._rows(done - 1, 0),
+                self._left_out(done, history),
             )
         if not loss <= BLOWN_UP * self.start_loss and self.options.on_nonfinite != "record":
-            self._explain(f"The mean loss of this epoch is {loss:.4g}, from {self.start_loss:.4g}.")
+            self._explain(
+                f"The mean loss of this epoch is {loss:.4g}, from {self.start_loss:.4g}.",
+                None if math.isfinite(loss) else self._left_out(done, history),
+            )
+
+    def _left_out(self, done: int, history: GradientHistory) -> np.ndarray | None:
+        """The samples of this epoch's first step that was left out, among those still known."""
+        steps = self.task.steps_per_epoch
+        begin = (done - 1 - self.first) * steps
+        left_out = history.steps[history.skipped & (history.steps >= begin)]
+        return self._rows(done - 1, left_out[0] - begin) if len(left_out) else None
 
     def _explain(self, sentence: str, rows: np.ndarray | None = None) -> None:
         """Say what went wrong: before it went wrong at all, then at a step that was not taken."""
