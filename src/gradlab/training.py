@@ -153,6 +153,7 @@ _HINTS = {
     ),
     ("framework", "pytorch"): ". PyTorch's name in Python is torch",
     ("framework", "keras"): ". Keras runs on TensorFlow here: tensorflow",
+    ("framework", "tf"): ". It is written in full: tensorflow",
 }
 
 #: What may differ between a run and its resumption without changing a weight.
@@ -186,6 +187,8 @@ class Problem:
 
     Attributes:
         train: the training samples, each feature with mean 0 and standard deviation 1.
+        mean, scale: (features,), float64, from the training samples: x is (x − mean) · scale of
+            what was given.
         validation: what is looked at after every epoch, shifted and scaled as `train`.
         test: what is looked at in the end, the same.
         spec: the network, a `convnet.ConvNetSpec` or an `mlp.MLPSpec`.
@@ -193,6 +196,7 @@ class Problem:
         rates: (steps,), float64: the learning rate of every step of the whole run.
         steps_per_epoch: the last batch of an epoch may be smaller than the others.
         order: epoch to the order of the training samples, (samples,).
+        remarks: what somebody should know of the data, a sentence each.
     """
 
     train: Part
@@ -203,6 +207,9 @@ class Problem:
     rates: np.ndarray
     steps_per_epoch: int
     order: Callable[[int], np.ndarray]
+    mean: np.ndarray
+    scale: np.ndarray
+    remarks: tuple[str, ...] = ()
 
 
 def learning_rates(options: Options, steps: int) -> np.ndarray:
@@ -229,22 +236,41 @@ def learning_rates(options: Options, steps: int) -> np.ndarray:
     return options.lr * factors
 
 
+def _array(path: Path, file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """One of the arrays in a file, unless it holds objects, which only pickle could read."""
+    try:
+        return np.asarray(file[name])
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        number = "float" if name == "x" else "int"
+        raise BadOption(
+            f"--data {path}: {name} holds Python objects, not numbers. Save {name}.astype({number})"
+        ) from None
+
+
 def _from_file(path: Path) -> Part:
     """x and y of a user's own .npz file."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
+        with path.open("rb") as file:
+            begins = file.read(6)
+        if begins == b"\x93NUMPY":
             raise BadOption(
                 f"--data {path}: this is an .npy file, which holds one array. "
                 "np.savez('data.npz', x=x, y=y) writes both into one file"
             )
-        with loaded as file:
+        if not begins.startswith((b"PK\x03\x04", b"PK\x05\x06")):  # as a zip does
+            raise BadOption(
+                f"--data {path}: this is no .npz file. np.savez('data.npz', x=x, y=y) writes one"
+            )
+        with np.load(path, allow_pickle=False) as file:
             if not {"x", "y"} <= set(file.files):
+                small = ". Write them in small letters" * bool({"X", "Y"} & set(file.files))
                 raise BadOption(
                     f"--data {path}: it needs arrays named x and y, and holds "
-                    f"{', '.join(file.files) or 'none'}"
+                    f"{', '.join(file.files) or 'none'}{small}"
                 )
-            x, y = (np.asarray(file[name]) for name in ("x", "y"))
+            x, y = (_array(path, file, name) for name in ("x", "y"))
     except BadOption:
         raise
     except FileNotFoundError:
@@ -256,14 +282,28 @@ def _from_file(path: Path) -> Part:
         raise BadOption(f"--data {path}: this cannot be read as an .npz file: {error}") from None
     if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] == 0:
         flat = ". x.reshape(len(x), -1) makes one row of each sample" * (x.ndim > 2)
+        if y.ndim == 2:
+            flat += (
+                ". y.ravel() makes one row of y"
+                if y.shape[1] == 1
+                else ". y.argmax(1) makes class numbers of rows with a single 1"
+            )
         raise BadOption(
             f"--data {path}: x must be (samples, features) and y (samples,), got {x.shape} and "
             f"{y.shape}{flat}"
         )
     if not np.issubdtype(y.dtype, np.integer):
+        real = np.issubdtype(y.dtype, np.floating)
+        whole = real and bool(np.all(np.isfinite(y) & (y == np.round(y))))
+        how = (
+            "y.astype(int) makes them of whole numbers"
+            if whole
+            else "A number to be predicted is none: what is trained here tells classes apart"
+            if real
+            else "np.unique(y, return_inverse=True)[1] makes them of names"
+        )
         raise BadOption(
-            f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype}. "
-            "np.unique(y, return_inverse=True)[1] makes them of names"
+            f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype}. {how}"
         )
     if not np.issubdtype(x.dtype, np.number) or np.iscomplexobj(x):
         raise BadOption(f"--data {path}: x must hold real numbers, got {x.dtype}")
@@ -287,8 +327,8 @@ def _from_file(path: Path) -> Part:
     return Part(x, y.astype(np.int64))
 
 
-def _parts(options: Options) -> tuple[Part, Part, Part, int]:
-    """Training, validation and test samples as they come, and the number of classes."""
+def _parts(options: Options) -> tuple[Part, Part, Part, int, tuple[str, ...]]:
+    """Training, validation and test samples as they come, the number of classes, remarks."""
     source = options.data or ("blobs" if options.model_name == "nn" else "digits")
     rng = np.random.default_rng(0)  # the data do not depend on the run's seed
     if source in ("blobs", "digits", "mnist"):
@@ -304,12 +344,31 @@ def _parts(options: Options) -> tuple[Part, Part, Part, int]:
             train = Part(split.x_train[:left], split.y_train[:left])
             held = Part(split.x_train[left:], split.y_train[left:])
             test = Part(split.x_test, split.y_test)
-        return train, held, test, split.classes
+        return train, held, test, split.classes, ()
     x, y = _from_file(Path(source))
     order = rng.permutation(len(x))
     cuts = len(x) * 8 // 10, len(x) * 9 // 10
     train, held, test = (Part(x[rows], y[rows]) for rows in np.split(order, cuts))
-    return train, held, test, int(y.max()) + 1
+    return train, held, test, int(y.max()) + 1, _remarks(y)
+
+
+def _remarks(y: np.ndarray) -> tuple[str, ...]:
+    """What is allowed of class numbers, and seldom meant."""
+    counts = np.bincount(y)
+    lacking = np.flatnonzero(counts == 0)
+    if lacking.tolist() == [0]:
+        return ("Class 0 has no sample. Do yours count from 1? Then save y - 1.",)
+    if len(lacking):
+        return (
+            f"{len(lacking)} of {len(counts)} classes have no sample, {lacking[0]} first. "
+            "np.unique(y, return_inverse=True)[1] numbers those that there are from 0.",
+        )
+    if 2 * len(counts) > len(y):
+        return (
+            f"{len(counts)} classes for {len(y)} samples: each has one or two. Is y a number to be "
+            "predicted? What is trained here tells classes apart.",
+        )
+    return ()
 
 
 def _sized(part: Part, size: float, name: str) -> Part:
@@ -323,6 +382,13 @@ def _sized(part: Part, size: float, name: str) -> Part:
     return Part(part.x[:wanted], part.y[:wanted])
 
 
+def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `data.standardize` subtracts from each feature, and multiplies it by, float64."""
+    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
+    varies = x.max(axis=0) > x.min(axis=0)
+    return mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies)
+
+
 def problem(options: Options) -> Problem:
     """Data, network, initial weights, order and rates of a run.
 
@@ -330,13 +396,13 @@ def problem(options: Options) -> Problem:
         BadOption: data that cannot be read or are too few.
         DataUnavailable: MNIST without a network.
     """
-    train, held, test, classes = _parts(options)
+    train, held, test, classes, remarks = _parts(options)
     train = _sized(train, options.train_load_size, "train_load_size")
     held = _sized(held, options.validation_load_size, "validation_load_size")
     test = _sized(test, options.test_load_size, "test_load_size")
-    scaled = data.standardize(train.x, held.x, test.x)
+    mean, scale = _standard(train.x)
     train, held, test = (
-        Part(x, part.y) for x, part in zip(scaled, (train, held, test), strict=True)
+        Part(((part.x - mean) * scale).astype(np.float32), part.y) for part in (train, held, test)
     )
     features = train.x.shape[1]
     if options.model_name == "nn":
@@ -361,6 +427,9 @@ def problem(options: Options) -> Problem:
         learning_rates(options, steps_per_epoch * options.num_epochs),
         steps_per_epoch,
         lambda epoch: np.random.default_rng([options.seed, epoch]).permutation(n),
+        mean,
+        scale,
+        remarks,
     )
 
 
@@ -555,7 +624,8 @@ class Place:
         if before.get("num_epochs") != wanted and scheduled:
             different.append(
                 f"--num-epochs was {before.get('num_epochs')} and is {wanted}, which changes the "
-                f"rates of --lr-schedule {self.options.lr_schedule}"
+                f"rates of --lr-schedule {self.options.lr_schedule} (with another --lr or "
+                "--lr-schedule beside it, they may change)"
             )
         if different:
             raise BadOption(
@@ -689,6 +759,8 @@ class _Run:
             f"{_several(task.steps_per_epoch, 'step')} an epoch, {options.num_epochs - self.first} "
             f"of {_several(options.num_epochs, 'epoch')} to go"
         )
+        for remark in task.remarks:
+            self.say(remark)
         if self.place.changed:
             self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
         if self.first < options.num_epochs:
@@ -789,7 +861,12 @@ class _Run:
         # First the cause: what fails is often only the last of a series.
         self.trainer.restore(*self.good)
         after = _several(self.good_epochs, "epoch")
-        self.say(f"\nThe network after {after}, on its next batch:")
+        begun = (
+            f"network after {after}, on its next"
+            if self.good_epochs
+            else "untrained network, on its first"
+        )
+        self.say(f"\nThe {begun} batch:")
         self.say(str(self.trainer.diagnose(self._rows(self.good_epochs, 0))))
         if of_the_step is not None:
             self.say("\nWhat had become of it, at the step that was left out:")
@@ -798,8 +875,10 @@ class _Run:
         again = (
             "--resume goes on, also with another --lr, --lr-schedule or --clip-norm"
             if saved
-            else "begin again with what the diagnosis says, or save more often with --save-interval"
+            else "begin again with what the diagnosis says"
         )
+        if not saved and self.good_epochs and self.options.save_interval > 1:
+            again += ", or save more often with --save-interval"
         raise BlownUp(f"the run blew up. {self._left()} {written}; {again}") from None
 
     def _rows(self, epoch: int, batch: int) -> np.ndarray:
@@ -822,7 +901,8 @@ class _Run:
         }
         try:
             history.save(self.place.folder / f"history-{done:06d}.npz")
-            checkpoint.save(self.place.folder, done, arrays, record)
+            given = {"input.mean": self.task.mean, "input.scale": self.task.scale}
+            checkpoint.save(self.place.folder, done, arrays | given, record)
         except OSError as error:
             raise NotSaved(
                 f"epoch {done} could not be saved in {self.place.folder}: "
