@@ -833,10 +833,20 @@ class _Run:
                 "Every step of this epoch was left out, for no gradient was finite.",
                 self._left_out(done, history),
             )
-        if not loss <= BLOWN_UP * self.start_loss and self.options.on_nonfinite != "record":
+        if self.options.on_nonfinite == "record":
+            return
+        # Where steps are left out, the mean of the others hides that the network is lost.
+        held, left_out = self.epochs[-1].validation_loss, self._left_out(done, history)
+        if not math.isfinite(held) and left_out is not None:
+            self._explain(
+                f"The validation loss after this epoch is {held:.4g}, and steps of it were left "
+                "out, for their gradient was not finite.",
+                left_out,
+            )
+        if not loss <= BLOWN_UP * self.start_loss:
             self._explain(
                 f"The mean loss of this epoch is {loss:.4g}, from {self.start_loss:.4g}.",
-                None if math.isfinite(loss) else self._left_out(done, history),
+                None if math.isfinite(loss) else left_out,
             )
 
     def _left_out(self, done: int, history: GradientHistory) -> np.ndarray | None:
