@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gradlab import checkpoint, cli, convnet, data, training
+from gradlab import checkpoint, claims, cli, convnet, data, training
 from gradlab.history import GradientHistory
 
 SIDES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in training.FRAMEWORKS]
@@ -69,6 +70,8 @@ def npz(tmp_path):
     [
         (["--framework", "jax"], "--framework must be one of torch, tensorflow"),
         (["--framework", "pytorch"], "PyTorch's name in Python is torch"),
+        (["--framework", "tf"], "got 'tf'. It is written in full: tensorflow"),
+        (["--framework", "keras"], "Keras runs on TensorFlow here: tensorflow"),
         (["--model-name", "resnet"], "--model-name must be one of nn, mlp, deep"),
         (["--optimizer", "lion"], "--optimizer must be one of sgd"),
         (["--loss", "hinge"], "--loss must be one of cross-entropy, mse"),
@@ -155,7 +158,16 @@ def x_with(value):
         ),
         ({"x": np.full((40, 3), "a")}, "x must hold real numbers"),
         ({"x": np.ones((5, 3)), "y": np.arange(5)}, "ten samples are the least, got 5"),
-        ({"x": np.array([{"a": 1}] * 40, dtype=object)}, "cannot be read as an .npz file"),
+        (
+            {"x": np.full((40, 3), 1.5, dtype=object)},
+            "x holds Python objects, not numbers. Save x.ast",
+        ),
+        ({"y": np.array([0, 1] * 20, dtype=object)}, "numbers. Save y.astype(int)"),
+        ({"x": None, "X": np.ones((40, 3))}, "and holds y, X. Write them in small letters"),
+        ({"y": np.arange(40) % 2 * 1.0}, "got float64. y.astype(int) makes them of whole numbers"),
+        ({"y": np.linspace(0, 1, 40)}, "what is trained here tells classes apart"),
+        ({"y": np.zeros((40, 1), int)}, "got (40, 3) and (40, 1). y.ravel() makes one row of y"),
+        ({"y": np.eye(40, 2)}, "(40, 2). y.argmax(1) makes class numbers of rows with a single 1"),
     ],
 )
 def test_bad_data_are_refused(capsys, tmp_path, npz, arrays, says):
@@ -166,15 +178,41 @@ def test_bad_data_are_refused(capsys, tmp_path, npz, arrays, says):
 
 
 def test_a_file_of_another_kind_is_refused(capsys, tmp_path):
-    (tmp_path / "data.npz").write_text("no zip")
-    code, _, err = train(capsys, "--data", tmp_path / "data.npz", "--save-path", tmp_path / "run")
-    assert code == cli.BAD_INPUT
-    assert "cannot be read as an .npz file" in err
+    for content, says in (
+        (b"1,2\n3,4\n", "this is no .npz file. np.savez('data.npz', x=x, y=y) writes one"),
+        (b"", "this is no .npz file"),
+        (b"PK: no zip", "this is no .npz file"),
+        (b"PK\x03\x04, and no more", "cannot be read as an .npz file"),
+    ):
+        (tmp_path / "data.npz").write_bytes(content)
+        code, _, err = train(capsys, "--data", tmp_path / "data.npz", "--save-path", tmp_path / "r")
+        assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+        assert says in err
+        assert "pickle" not in err
     np.save(tmp_path / "data.npy", np.ones((40, 3)))
     code, _, err = train(capsys, "--data", tmp_path / "data.npy", "--save-path", tmp_path / "run")
     assert code == cli.BAD_INPUT
     assert "this is an .npy file, which holds one array. np.savez(" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("y", "says"),
+    [
+        (np.arange(40) % 2 + 1, "Class 0 has no sample. Do yours count from 1? Then save y - 1."),
+        (np.arange(40) % 2 * 20, "19 of 21 classes have no sample, 1 first. np.unique(y, return_i"),
+        (np.arange(40), "40 classes for 40 samples: each has one or two. Is y a number to be"),
+        (np.arange(40) % 4, ""),
+    ],
+)
+def test_class_numbers_that_are_seldom_meant_are_remarked_on(capsys, tmp_path, npz, y, says):
+    run = ("--model-name", "mlp", "--num-epochs", 1, "--save-path", tmp_path / "run")
+    code, out, _ = train(capsys, *run, "--data", npz(y=y))
+    assert code == 0
+    if says:
+        assert out.splitlines()[1].startswith(says)
+    else:
+        assert out.splitlines()[1].startswith("epoch 1: ")
 
 
 @pytest.mark.parametrize("flag", ["--save-path", "--logdir"])
@@ -246,6 +284,17 @@ def run(done, tmp_path) -> Path:
     import shutil
 
     return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+def test_a_schedule_is_stretched_only_where_the_rates_change_anyway(capsys, tmp_path):
+    here = (*QUICK, "--lr-schedule", "cosine", "--save-path", tmp_path)
+    assert train(capsys, *here, "--num-epochs", 1)[0] == 0
+    code, _, err = train(capsys, *here, "--num-epochs", 2, "--resume")
+    assert code == cli.BAD_INPUT
+    assert "with another --lr or --lr-schedule beside it, they may change" in err
+    code, out, _ = train(capsys, *here, "--num-epochs", 2, "--resume", "--lr", 0.002)
+    assert code == 0
+    assert "--lr was 0.001 and is 0.002" in out
 
 
 def damaged(path, change):
@@ -390,14 +439,29 @@ def test_folders_may_have_any_name(capsys, tmp_path, monkeypatch):
 
 
 def test_reset_deletes_the_run_and_nothing_else(capsys, run):
-    (run / "notes.txt").write_text("mine")
-    assert train(capsys, *QUICK, "--save-path", run, "--reset", "--num-epochs", "1")[0] == 0
-    assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoint-000001.json",
-        "checkpoint-000001.safetensors",
-        "history-000001.npz",
-        "notes.txt",
-    ]
+    others = (
+        *("checkpoint-best.safetensors", "checkpoint-last.json", "checkpoint-00001.json"),
+        *("checkpoint-000001.json.bak", "history-2024.npz", "history.npz", "notes.txt"),
+        *(".notes.txt.12.partial", ".checkpoint-best.json.12.partial", ".mine.partial"),
+    )
+    for name in others:
+        (run / name).write_text("mine")
+    (run / training.AT_THE_END).write_text("of a run that blew up")
+    (run / ".history-000002.npz.12.partial").write_text("half")
+    code, out, _ = train(capsys, *QUICK, "--save-path", run, "--reset", "--num-epochs", "1")
+    assert code == 0
+    # Three of each of the two epochs, and two more.
+    assert out.startswith(f"--reset: 8 files of {run} deleted\n")
+    own = {"checkpoint-000001.json", "checkpoint-000001.safetensors", "history-000001.npz"}
+    assert {path.name for path in run.iterdir()} == own | set(others)
+    assert all((run / name).read_text() == "mine" for name in others)
+    assert train(capsys, *QUICK, "--save-path", run, "--resume")[0] == 0
+    assert all((run / name).read_text() == "mine" for name in others)
+
+
+def test_a_reset_with_nothing_to_delete_says_nothing(capsys, tmp_path):
+    _, out, _ = train(capsys, *QUICK, "--save-path", tmp_path, "--reset", "--num-epochs", "1")
+    assert "--reset" not in out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,6 +501,62 @@ def test_the_articles_network_has_its_numbers():
     seen = np.concatenate([task.order(0), task.order(1)])
     np.testing.assert_array_equal(np.bincount(seen), 2)
     assert (task.order(0) != task.order(1)).any()
+
+
+def test_the_data_are_standardised_as_the_notebooks_do_it(npz):
+    x = np.random.default_rng(1).normal(3, 5, (40, 3))
+    x[:, 1] = 0.1  # never varies
+    options = training.Options(model_name="mlp", data=str(npz(x=x)))
+    task = training.problem(options)
+    # The split that the book states.
+    order = np.random.default_rng(0).permutation(40)
+    parts = (x[order[:32]], x[order[32:36]], x[order[36:]])
+    wanted = data.standardize(*(part.astype(np.float32) for part in parts))
+    for part, array in zip((task.train, task.validation, task.test), wanted, strict=True):
+        np.testing.assert_array_equal(part.x, array)
+        assert part.x.dtype == np.float32
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_checkpoint_is_read_back_as_the_book_says(capsys, tmp_path, monkeypatch, npz, side):
+    rng = np.random.default_rng(2)
+    x = np.concatenate([rng.normal(100 + 20 * c, 3, (100, 3)) for c in range(4)])
+    path = npz(x=x, y=np.repeat(np.arange(4), 100))
+    assert (
+        train(
+            capsys,
+            *("--framework", side, "--model-name", "mlp", "--data", path, "--num-epochs", 10),
+            *("--lr", 0.01, "--save-path", tmp_path / "runs" / "mine"),
+        )[0]
+        == 0
+    )
+    page = Path(__file__).resolve().parent.parent / "book" / "api.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "input.mean" in block]
+    if side == "tensorflow":
+        code = code.replace("gradlab.torch", "gradlab.keras")
+        code = code.replace("torch.from_numpy(scaled)", "scaled")
+        code = code.replace("predicted = logits.argmax(1)", "predicted = logits.numpy().argmax(1)")
+    monkeypatch.chdir(tmp_path)
+    known = {"x": x}
+    exec(code, known)
+    assert (np.asarray(known["predicted"]) == np.repeat(np.arange(4), 100)).mean() > 0.95
+    saved = checkpoint.load(tmp_path / "runs" / "mine" / "checkpoint-000010.json").arrays
+    assert {saved[name].dtype for name in ("input.mean", "input.scale")} == {np.dtype(float)}
+    assert saved["model.output.weight"].shape == (64, 4)  # (inputs, outputs) on both sides
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_checkpoint_without_the_standardisation_is_resumed(capsys, tmp_path, side):
+    here = (*QUICK, "--framework", side, "--save-path", tmp_path)
+    assert train(capsys, *here, "--num-epochs", 1)[0] == 0
+    there = checkpoint.load(tmp_path / "checkpoint-000001.json")
+    record = {k: v for k, v in there.record.items() if k not in ("format", "arrays", "sha256")}
+    older = {name: array for name, array in there.arrays.items() if "input." not in name}
+    assert len(older) == len(there.arrays) - 2
+    checkpoint.save(tmp_path, 1, older, record)
+    assert train(capsys, *here, "--resume")[0] == 0
+    assert "input.mean" in arrays_of(tmp_path)
 
 
 def test_a_share_and_a_number_of_samples():
@@ -582,12 +702,13 @@ def test_a_run_that_blows_up_is_explained(capsys, tmp_path, side):
     )
     assert code == cli.BLEW_UP
     assert "is not finite. The step was not taken" in out
-    cause = out.split("The network after 0 epochs, on its next batch:")[1]
+    cause = out.split("The untrained network, on its first batch:")[1]
     cause, consequence = cause.split("What had become of it, at the step that was left out:")
     assert "Divergence at " in cause
     assert " at hidden" in consequence
     assert "No checkpoint was saved." in err
-    assert f"in {tmp_path / 'history-at-the-end.npz'}; --resume" in err
+    assert err.endswith("; begin again with what the diagnosis says\n")
+    assert f"in {tmp_path / 'history-at-the-end.npz'}; " in err
     history = GradientHistory.load(tmp_path / "history-at-the-end.npz")
     assert history.first_nonfinite is not None
     assert not checkpoint.numbered(tmp_path)
@@ -606,9 +727,86 @@ def test_a_lost_network_is_explained_and_not_saved(capsys, tmp_path, side, way):
     assert code == cli.BLEW_UP
     # In float16, thirty layers are too many for the digits as well.
     kind = "Precision at " if "float16" in way else "Divergence at "
-    assert kind in out.split("on its next batch:")[1]
+    assert kind in re.split("on its (?:next|first) batch:", out)[1]
     for path in checkpoint.numbered(tmp_path).values():
         assert all(np.isfinite(array).all() for array in checkpoint.load(path).arrays.values())
+
+
+def with_a_bad_sample(monkeypatch, row: int) -> None:
+    """Put a NaN into the training data behind the command's back."""
+    prepare = training.problem
+
+    def problem(options):
+        task = prepare(options)
+        task.train.x[row] = np.nan
+        return task
+
+    monkeypatch.setattr(training, "problem", problem)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("model", ["mlp", "nn"])
+@pytest.mark.parametrize("side", SIDES)
+def test_one_bad_step_is_left_out_and_the_run_goes_on(
+    capsys, tmp_path, monkeypatch, side, model, precision
+):
+    hot = (*QUICK, "--framework", side, "--model-name", model, "--precision", precision)
+    with_a_bad_sample(monkeypatch, 77)
+    code, out, err = train(capsys, *hot, "--on-nonfinite", "skip", "--save-path", tmp_path)
+    assert code == 0, out + err
+    assert "Of the last 14 steps, 2 were left out." in out
+    record = checkpoint.load(tmp_path / "checkpoint-000002.json").record
+    assert all(np.isfinite(epoch["loss"]) for epoch in record["epochs"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_mean_loss_is_that_of_the_steps_that_were_taken(tmp_path, monkeypatch, side):
+    options = training.Options(
+        framework=side,
+        model_name="mlp",
+        train_load_size=200,
+        num_epochs=2,
+        optimizer="sgd",
+        lr=1e-30,  # nothing moves
+        on_nonfinite="skip",
+        save_path=str(tmp_path),
+    )
+    task = training.problem(options)
+    order = [task.order(epoch) for epoch in range(2)]
+    bad = int(order[0][199])  # the last step of epoch 0, of eight samples
+    with_a_bad_sample(monkeypatch, bad)
+    epochs = training.run(options, lambda line: None)
+    trainer = import_module(f"gradlab.{training.FRAMEWORKS[side]}.train").Trainer(options, task)
+    for epoch, rows in zip(epochs, order, strict=True):
+        batch = int(np.flatnonzero(rows == bad)[0]) // 32
+        taken = np.delete(rows, np.s_[32 * batch : 32 * batch + 32])
+        assert len(taken) == (192 if epoch.epoch == 1 else 200 - len(rows[32 * batch :][:32]))
+        wanted, _ = trainer.evaluate(training.Part(task.train.x[taken], task.train.y[taken]))
+        assert epoch.loss == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_mean_loss_that_is_no_number_is_explained_by_the_step_left_out(
+    capsys, tmp_path, monkeypatch, side
+):
+    prepared = training.problem(training.Options(model_name="mlp", train_load_size=200))
+    with_a_bad_sample(monkeypatch, int(prepared.order(1)[70]))  # the third step of the second epoch
+    trainer = import_module(f"gradlab.{training.FRAMEWORKS[side]}.train").Trainer
+    fit = trainer.fit
+
+    def lost(self, first, last, after_step, after_epoch):
+        def after(epoch, loss):
+            after_epoch(epoch, loss if epoch == 0 else np.nan)
+
+        fit(self, first, last, after_step, after)
+
+    monkeypatch.setattr(trainer, "fit", lost)
+    code, out, _ = train(
+        capsys, *QUICK, "--framework", side, "--on-nonfinite", "skip", "--save-path", tmp_path
+    )
+    assert code == cli.BLEW_UP
+    assert "The mean loss of this epoch is nan" in out
+    assert "Bad input at " in out.split("at the step that was left out:")[1]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -620,6 +818,7 @@ def test_a_loss_that_grows_is_a_blow_up_also_in_the_last_epoch(capsys, tmp_path,
     assert "--lr was 0.01 and is 5.0" in out
     assert "The mean loss of this epoch is " in out
     assert "Divergence at " in out.split("The network after 1 epoch, ")[1]
+    assert "--save-interval" not in err
     # The cure that it names is one that --resume takes.
     assert "another --lr" in err
     code, out, _ = train(capsys, *hot, "--lr", 0.01, "--num-epochs", 2, "--resume")
@@ -659,6 +858,24 @@ def test_the_log_holds_losses_and_norms(capsys, tmp_path, side):
     assert {"loss", "validation/loss", "validation/accuracy", "grad_norm/total"} <= set(tags)
     assert [step for step, _ in tags["loss"]] == [7, 14]
     assert all(norm > 0 for _, norm in tags["grad_norm/total"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rarer_checkpoints_are_named_where_one_would_have_helped(
+    capsys, tmp_path, monkeypatch, side
+):
+    trainer = import_module(f"gradlab.{training.FRAMEWORKS[side]}.train").Trainer
+    fit = trainer.fit
+
+    def lost(self, first, last, after_step, after_epoch):
+        fit(self, first, last, after_step, lambda e, loss: after_epoch(e, loss if e < 1 else 1e9))
+
+    monkeypatch.setattr(trainer, "fit", lost)
+    for interval in (2, 1):
+        where = (*QUICK, "--framework", side, "--save-path", tmp_path / str(interval))
+        _, out, err = train(capsys, *where, "--save-interval", interval)
+        assert "\nThe network after 1 epoch, on its next batch:\n" in out
+        assert ("or save more often with --save-interval" in err) == (interval == 2)
 
 
 def started(side: str, folder: Path, *more: str) -> subprocess.Popen:
@@ -779,15 +996,65 @@ def test_an_interrupt_during_imports_leaves_no_trace(tmp_path, name, side, how):
 # The other command, and the entry
 
 
-def test_the_ledger_can_be_asked(capsys):
+@pytest.fixture
+def claimed(tmp_path, monkeypatch):
+    """A folder like the book's, with its claims and nothing built; the current one."""
     root = Path(__file__).resolve().parent.parent
-    registry = ["--registry", str(root / "book" / "claims.yml")]
-    assert cli.main(["claims", *registry]) == 0
-    assert "A1.16" in capsys.readouterr().out
-    assert cli.main(["claims", "A1.16", *registry]) == 0
-    assert "12_xla" in capsys.readouterr().out
-    assert cli.main(["claims", "A9.9", *registry]) == cli.BAD_INPUT
-    assert "there is no claim 'A9.9'" in capsys.readouterr().err
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "claims.yml").write_bytes((root / "book" / "claims.yml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_claims_can_be_asked(capsys, claimed):
+    assert cli.main(["claims"]) == 0
+    out = capsys.readouterr().out
+    assert "A1.16  " in out
+    assert "No verdicts here yet: `make book`" in out
+    for way in (["A1.16"], ["a1.16"], ["a1.16", "--registry", str(claimed / "book/claims.yml")]):
+        assert cli.main(["claims", *way]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("A1.16  ")
+        assert "12_xla" in out
+        assert "A1.15" not in out
+    for wrong in ("A9.9", ""):
+        assert cli.main(["claims", wrong]) == cli.BAD_INPUT
+        assert f"there is no claim {wrong!r}" in capsys.readouterr().err
+
+
+def test_a_built_book_s_verdicts_stand_beside_its_claims(capsys, claimed):
+    (claimed / "_build").mkdir()
+    ledger = claimed / "_build" / "ledger.json"
+    ledger.write_text(json.dumps({"A1.16": {"verdict": "conditional"}}))
+    assert cli.main(["claims"]) == 0
+    out = capsys.readouterr().out
+    assert "\nA1.16  conditional  " in out
+    assert "\nA1.15  undecided  " in out
+    assert "No verdicts" not in out
+    for broken in ("{", "[]", '{"A1.16": {}}', '{"A1.16": 1}'):
+        ledger.write_text(broken)
+        assert cli.main(["claims", "A1.16"]) == 0
+        assert "No verdicts here yet" in capsys.readouterr().out
+
+
+def test_the_claims_without_the_book_get_one_sentence(capsys, tmp_path, monkeypatch):
+    def missing():
+        raise claims.RegistryError("no book/claims.yml")
+
+    monkeypatch.setattr(claims, "find_registry", missing)
+    assert cli.main(["claims"]) == cli.BAD_INPUT
+    err = capsys.readouterr().err
+    assert err.startswith("gradlab: the claims are in the book's folder")
+    assert err.endswith("name the file with --registry\n")
+    assert cli.main(["claims", "--registry", str(tmp_path / "no.yml")]) == cli.BAD_INPUT
+    err = capsys.readouterr().err
+    assert (
+        err
+        == f"gradlab: --registry {tmp_path / 'no.yml'} cannot be read: No such file or directory\n"
+    )
+    (tmp_path / "no.yml").write_text("a: [")
+    assert cli.main(["claims", "--registry", str(tmp_path / "no.yml")]) == cli.BAD_INPUT
+    assert "cannot be read: " in capsys.readouterr().err
 
 
 def test_the_module_is_the_command():
@@ -804,6 +1071,8 @@ def test_the_help_shows_no_default_that_means_nothing(capsys):
     assert "None" not in out
     assert "default: False" not in out
     assert "NUM_EPOCHS" not in out
+    assert "DATA" not in out
+    assert "(default: 0)" in out  # the seed
     for said in ("--num-epochs N", "no clipping", "blobs for nn", "record: ", "skip: ", "raise: "):
         assert said in " ".join(out.split())
     assert "\n  gradlab train --model-name mlp" in out  # an example, on a line of its own

@@ -42,9 +42,17 @@ class Checkpoint:
     path: Path
 
 
+_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
+
+
 def partials(folder: Path) -> list[Path]:
     """What writers that were killed left half-written, see `replacing`."""
-    return sorted(folder.glob(".*.partial"))
+    return sorted(path for path in folder.glob(".*.partial") if _PARTIAL.fullmatch(path.name))
+
+
+def name_of_partial(path: Path) -> str:
+    """The name that one of `partials` would have got."""
+    return _PARTIAL.fullmatch(path.name)[1]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -41,7 +42,9 @@ examples:
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """The default, where there is one."""
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,8 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--data",
         "blobs, digits, mnist (11 MB, downloaded once), or an .npz file with x (samples, features) "
-        "and y, class numbers from 0: 80%% of it to train on, 10%% each to validate and to test "
+        "and y, class numbers from 0: 80%% of it to train on, 10%% each to validate and to test. "
+        "Each feature is shifted and scaled to mean 0 and standard deviation 1 "
         "(default: blobs for nn, digits for the others)",
+        metavar="{blobs,digits,mnist,FILE}",
     )
 
     def number(flag: str, meaning: str, **keywords: object) -> None:
@@ -130,20 +135,35 @@ def _parser() -> argparse.ArgumentParser:
         "go on from the newest checkpoint in --save-path, to the weights of an unbroken run",
         action="store_true",
     )
-    option("--reset", "delete the checkpoints in --save-path first", action="store_true")
+    option(
+        "--reset",
+        "delete the checkpoints and histories in --save-path first, and no other file",
+        action="store_true",
+    )
     option(
         "--logdir", "write TensorBoard's events into this folder (default: none)", metavar="FOLDER"
     )
     option(
         "--on-nonfinite",
-        "at a gradient that is not finite. record: note it and take the step all the same; skip: "
+        "at a gradient that is not finite. record: note it and take the step all the same, which "
+        "mostly ends in a diagnosis after the epoch; skip: "
         "leave the step out and go on; raise: stop before the step, and diagnose it. (float16 "
         "leaves such steps out by itself, to find its scale)",
         **choice(training.ON_NONFINITE),
     )
-    ledger = commands.add_parser("claims", help="the statements under test, and their verdicts")
-    ledger.add_argument("id", nargs="?", help="one claim, such as A1.16")
-    ledger.add_argument("--registry", type=Path, default=Path("book/claims.yml"))
+    ledger = commands.add_parser(
+        "claims",
+        help="the statements under test, and their verdicts",
+        description="List the book's claims, with the verdicts of a book that has been built.",
+        allow_abbrev=False,
+    )
+    ledger.add_argument("id", nargs="?", help="one claim, such as A1.16 (default: all)")
+    ledger.add_argument(
+        "--registry",
+        type=Path,
+        metavar="FILE",
+        help="the claims (default: book/claims.yml, here or in a folder above)",
+    )
     return parser
 
 
@@ -184,17 +204,39 @@ def _claims(arguments: argparse.Namespace) -> int:
     from gradlab import claims
 
     try:
-        registry = claims.load(arguments.registry)
-    except (OSError, ValueError) as error:
-        return _refuse(f"--registry {arguments.registry} cannot be read: {error}")
-    if arguments.id is not None and arguments.id not in registry:
+        path = arguments.registry or claims.find_registry()
+    except claims.RegistryError:
+        return _refuse(
+            "the claims are in the book's folder, and there is no book/claims.yml here or above: "
+            "run this in that folder, or name the file with --registry"
+        )
+    try:
+        registry = claims.load(path)
+    except ValueError as error:
+        why = error.__cause__  # without it, what is wrong with a file that can be read
+        reason = getattr(why, "strerror", None) or why or error
+        return _refuse(f"--registry {path} cannot be read: {reason}")
+    wanted = {id_.lower(): id_ for id_ in registry}.get((arguments.id or "").lower())
+    if arguments.id is not None and wanted is None:
         return _refuse(f"there is no claim {arguments.id!r}; there are {', '.join(registry)}")
+    words = _verdicts(path.resolve().parent.parent / "_build" / "ledger.json")
     for claim in registry.values():
-        if arguments.id in (None, claim.id):
-            print(f"{claim.id}  {claim.statement}")
+        if arguments.id is None or claim.id == wanted:
+            word = words.get(claim.id, "" if not words else "undecided")
+            print("  ".join(filter(None, (claim.id, word, claim.statement))))
             if arguments.id is not None:
                 print(f"\n{claim.correction}\nDecided in notebooks/{claim.chapter}.ipynb")
+    if not words:
+        print("\nNo verdicts here yet: `make book` measures them, in the book's folder.")
     return 0
+
+
+def _verdicts(ledger: Path) -> dict[str, str]:
+    """The word of each claim that the built book decided; none without one."""
+    try:
+        return {id_: row["verdict"] for id_, row in json.loads(ledger.read_text("utf-8")).items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

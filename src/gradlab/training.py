@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -43,6 +44,11 @@ BLOWN_UP = 10.0
 
 #: The gradient norms of a run that blew up, beside its checkpoints.
 AT_THE_END = "history-at-the-end.npz"
+
+#: What a run writes into its folder, and all that it ever deletes there.
+_OWN = re.compile(
+    r"checkpoint-\d{6,}\.(json|safetensors)|history-\d{6,}\.npz|" + re.escape(AT_THE_END)
+)
 
 #: TensorBoard gets the gradient norms of every so many steps.
 LOG_EVERY = 50
@@ -147,6 +153,7 @@ _HINTS = {
     ),
     ("framework", "pytorch"): ". PyTorch's name in Python is torch",
     ("framework", "keras"): ". Keras runs on TensorFlow here: tensorflow",
+    ("framework", "tf"): ". It is written in full: tensorflow",
 }
 
 #: What may differ between a run and its resumption without changing a weight.
@@ -180,6 +187,8 @@ class Problem:
 
     Attributes:
         train: the training samples, each feature with mean 0 and standard deviation 1.
+        mean, scale: (features,), float64, from the training samples: x is (x − mean) · scale of
+            what was given.
         validation: what is looked at after every epoch, shifted and scaled as `train`.
         test: what is looked at in the end, the same.
         spec: the network, a `convnet.ConvNetSpec` or an `mlp.MLPSpec`.
@@ -187,6 +196,7 @@ class Problem:
         rates: (steps,), float64: the learning rate of every step of the whole run.
         steps_per_epoch: the last batch of an epoch may be smaller than the others.
         order: epoch to the order of the training samples, (samples,).
+        remarks: what somebody should know of the data, a sentence each.
     """
 
     train: Part
@@ -197,6 +207,9 @@ class Problem:
     rates: np.ndarray
     steps_per_epoch: int
     order: Callable[[int], np.ndarray]
+    mean: np.ndarray
+    scale: np.ndarray
+    remarks: tuple[str, ...] = ()
 
 
 def learning_rates(options: Options, steps: int) -> np.ndarray:
@@ -223,22 +236,41 @@ def learning_rates(options: Options, steps: int) -> np.ndarray:
     return options.lr * factors
 
 
+def _array(path: Path, file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """One of the arrays in a file, unless it holds objects, which only pickle could read."""
+    try:
+        return np.asarray(file[name])
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        number = "float" if name == "x" else "int"
+        raise BadOption(
+            f"--data {path}: {name} holds Python objects, not numbers. Save {name}.astype({number})"
+        ) from None
+
+
 def _from_file(path: Path) -> Part:
     """x and y of a user's own .npz file."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
+        with path.open("rb") as file:
+            begins = file.read(6)
+        if begins == b"\x93NUMPY":
             raise BadOption(
                 f"--data {path}: this is an .npy file, which holds one array. "
                 "np.savez('data.npz', x=x, y=y) writes both into one file"
             )
-        with loaded as file:
+        if not begins.startswith((b"PK\x03\x04", b"PK\x05\x06")):  # as a zip does
+            raise BadOption(
+                f"--data {path}: this is no .npz file. np.savez('data.npz', x=x, y=y) writes one"
+            )
+        with np.load(path, allow_pickle=False) as file:
             if not {"x", "y"} <= set(file.files):
+                small = ". Write them in small letters" * bool({"X", "Y"} & set(file.files))
                 raise BadOption(
                     f"--data {path}: it needs arrays named x and y, and holds "
-                    f"{', '.join(file.files) or 'none'}"
+                    f"{', '.join(file.files) or 'none'}{small}"
                 )
-            x, y = (np.asarray(file[name]) for name in ("x", "y"))
+            x, y = (_array(path, file, name) for name in ("x", "y"))
     except BadOption:
         raise
     except FileNotFoundError:
@@ -250,14 +282,28 @@ def _from_file(path: Path) -> Part:
         raise BadOption(f"--data {path}: this cannot be read as an .npz file: {error}") from None
     if x.ndim != 2 or y.shape != x.shape[:1] or x.shape[1] == 0:
         flat = ". x.reshape(len(x), -1) makes one row of each sample" * (x.ndim > 2)
+        if y.ndim == 2:
+            flat += (
+                ". y.ravel() makes one row of y"
+                if y.shape[1] == 1
+                else ". y.argmax(1) makes class numbers of rows with a single 1"
+            )
         raise BadOption(
             f"--data {path}: x must be (samples, features) and y (samples,), got {x.shape} and "
             f"{y.shape}{flat}"
         )
     if not np.issubdtype(y.dtype, np.integer):
+        real = np.issubdtype(y.dtype, np.floating)
+        whole = real and bool(np.all(np.isfinite(y) & (y == np.round(y))))
+        how = (
+            "y.astype(int) makes them of whole numbers"
+            if whole
+            else "A number to be predicted is none: what is trained here tells classes apart"
+            if real
+            else "np.unique(y, return_inverse=True)[1] makes them of names"
+        )
         raise BadOption(
-            f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype}. "
-            "np.unique(y, return_inverse=True)[1] makes them of names"
+            f"--data {path}: y must hold class numbers 0, 1, 2, …, got {y.dtype}. {how}"
         )
     if not np.issubdtype(x.dtype, np.number) or np.iscomplexobj(x):
         raise BadOption(f"--data {path}: x must hold real numbers, got {x.dtype}")
@@ -281,8 +327,8 @@ def _from_file(path: Path) -> Part:
     return Part(x, y.astype(np.int64))
 
 
-def _parts(options: Options) -> tuple[Part, Part, Part, int]:
-    """Training, validation and test samples as they come, and the number of classes."""
+def _parts(options: Options) -> tuple[Part, Part, Part, int, tuple[str, ...]]:
+    """Training, validation and test samples as they come, the number of classes, remarks."""
     source = options.data or ("blobs" if options.model_name == "nn" else "digits")
     rng = np.random.default_rng(0)  # the data do not depend on the run's seed
     if source in ("blobs", "digits", "mnist"):
@@ -298,12 +344,31 @@ def _parts(options: Options) -> tuple[Part, Part, Part, int]:
             train = Part(split.x_train[:left], split.y_train[:left])
             held = Part(split.x_train[left:], split.y_train[left:])
             test = Part(split.x_test, split.y_test)
-        return train, held, test, split.classes
+        return train, held, test, split.classes, ()
     x, y = _from_file(Path(source))
     order = rng.permutation(len(x))
     cuts = len(x) * 8 // 10, len(x) * 9 // 10
     train, held, test = (Part(x[rows], y[rows]) for rows in np.split(order, cuts))
-    return train, held, test, int(y.max()) + 1
+    return train, held, test, int(y.max()) + 1, _remarks(y)
+
+
+def _remarks(y: np.ndarray) -> tuple[str, ...]:
+    """What is allowed of class numbers, and seldom meant."""
+    counts = np.bincount(y)
+    lacking = np.flatnonzero(counts == 0)
+    if lacking.tolist() == [0]:
+        return ("Class 0 has no sample. Do yours count from 1? Then save y - 1.",)
+    if len(lacking):
+        return (
+            f"{len(lacking)} of {len(counts)} classes have no sample, {lacking[0]} first. "
+            "np.unique(y, return_inverse=True)[1] numbers those that there are from 0.",
+        )
+    if 2 * len(counts) > len(y):
+        return (
+            f"{len(counts)} classes for {len(y)} samples: each has one or two. Is y a number to be "
+            "predicted? What is trained here tells classes apart.",
+        )
+    return ()
 
 
 def _sized(part: Part, size: float, name: str) -> Part:
@@ -317,6 +382,13 @@ def _sized(part: Part, size: float, name: str) -> Part:
     return Part(part.x[:wanted], part.y[:wanted])
 
 
+def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `data.standardize` subtracts from each feature, and multiplies it by, float64."""
+    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
+    varies = x.max(axis=0) > x.min(axis=0)
+    return mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies)
+
+
 def problem(options: Options) -> Problem:
     """Data, network, initial weights, order and rates of a run.
 
@@ -324,13 +396,13 @@ def problem(options: Options) -> Problem:
         BadOption: data that cannot be read or are too few.
         DataUnavailable: MNIST without a network.
     """
-    train, held, test, classes = _parts(options)
+    train, held, test, classes, remarks = _parts(options)
     train = _sized(train, options.train_load_size, "train_load_size")
     held = _sized(held, options.validation_load_size, "validation_load_size")
     test = _sized(test, options.test_load_size, "test_load_size")
-    scaled = data.standardize(train.x, held.x, test.x)
+    mean, scale = _standard(train.x)
     train, held, test = (
-        Part(x, part.y) for x, part in zip(scaled, (train, held, test), strict=True)
+        Part(((part.x - mean) * scale).astype(np.float32), part.y) for part in (train, held, test)
     )
     features = train.x.shape[1]
     if options.model_name == "nn":
@@ -355,6 +427,9 @@ def problem(options: Options) -> Problem:
         learning_rates(options, steps_per_epoch * options.num_epochs),
         steps_per_epoch,
         lambda epoch: np.random.default_rng([options.seed, epoch]).permutation(n),
+        mean,
+        scale,
+        remarks,
     )
 
 
@@ -382,7 +457,10 @@ class Trainer(Protocol):
         after_step: Callable[[], object],
         after_epoch: Callable[[int, float], object],
     ) -> None:
-        """Train epochs first to last − 1; `after_epoch` gets the epoch and its mean loss."""
+        """Train epochs first to last − 1.
+
+        `after_epoch` gets the epoch and its mean loss over the steps that were taken, NaN if none.
+        """
 
     def evaluate(self, part: Part) -> tuple[float, float]:
         """Mean loss and accuracy."""
@@ -546,7 +624,8 @@ class Place:
         if before.get("num_epochs") != wanted and scheduled:
             different.append(
                 f"--num-epochs was {before.get('num_epochs')} and is {wanted}, which changes the "
-                f"rates of --lr-schedule {self.options.lr_schedule}"
+                f"rates of --lr-schedule {self.options.lr_schedule} (with another --lr or "
+                "--lr-schedule beside it, they may change)"
             )
         if different:
             raise BadOption(
@@ -558,15 +637,24 @@ class Place:
                 f"--resume: {path} has {done} epochs behind it, --num-epochs asks for {wanted}"
             )
 
-    def tidy(self) -> None:
-        """Delete what killed runs left half-written and, to begin anew, their checkpoints too."""
-        found = checkpoint.partials(self.folder)
+    def tidy(self) -> int:
+        """Delete what killed runs left half-written and, to begin anew, their checkpoints too.
+
+        Returns:
+            How many files that were.  No name that the command does not write is among them.
+        """
+        found = [
+            path
+            for path in checkpoint.partials(self.folder)
+            if _OWN.fullmatch(checkpoint.name_of_partial(path))
+        ]
         if self.options.reset:
+            own = [path for path in self.folder.iterdir() if _OWN.fullmatch(path.name)]
             # The JSON first: without it the arrays stand for nothing.
-            for pattern in ("checkpoint-*.json", "checkpoint-*.safetensors", "history-*.npz"):
-                found += self.folder.glob(pattern)
+            found += sorted(own, key=lambda path: (path.suffix != ".json", path.name))
         for path in found:
             path.unlink()
+        return len(found)
 
     def room(self, arrays: dict[str, np.ndarray]) -> None:
         """Refuse to begin a run whose first checkpoint would not fit on the disk."""
@@ -662,13 +750,17 @@ class _Run:
         options, task, trainer = self.options, self.task, self.trainer
         self.log = log
         if self.speaks:
-            self.place.tidy()
+            deleted = self.place.tidy()
+            if options.reset and deleted:
+                self.say(f"--reset: {_several(deleted, 'file')} of {options.save_path} deleted")
         self.say(
             f"{options.model_name} in {options.framework}: {len(task.train.x)} training samples of "
             f"{task.spec.features} features and {task.spec.classes} classes, "
             f"{_several(task.steps_per_epoch, 'step')} an epoch, {options.num_epochs - self.first} "
             f"of {_several(options.num_epochs, 'epoch')} to go"
         )
+        for remark in task.remarks:
+            self.say(remark)
         if self.place.changed:
             self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
         if self.first < options.num_epochs:
@@ -739,10 +831,30 @@ class _Run:
         if history.skipped[-self.task.steps_per_epoch :].all():
             self._explain(
                 "Every step of this epoch was left out, for no gradient was finite.",
-                self._rows(done - 1, 0),
+                self._left_out(done, history),
             )
-        if not loss <= BLOWN_UP * self.start_loss and self.options.on_nonfinite != "record":
-            self._explain(f"The mean loss of this epoch is {loss:.4g}, from {self.start_loss:.4g}.")
+        if self.options.on_nonfinite == "record":
+            return
+        # Where steps are left out, the mean of the others hides that the network is lost.
+        held, left_out = self.epochs[-1].validation_loss, self._left_out(done, history)
+        if not math.isfinite(held) and left_out is not None:
+            self._explain(
+                f"The validation loss after this epoch is {held:.4g}, and steps of it were left "
+                "out, for their gradient was not finite.",
+                left_out,
+            )
+        if not loss <= BLOWN_UP * self.start_loss:
+            self._explain(
+                f"The mean loss of this epoch is {loss:.4g}, from {self.start_loss:.4g}.",
+                None if math.isfinite(loss) else left_out,
+            )
+
+    def _left_out(self, done: int, history: GradientHistory) -> np.ndarray | None:
+        """The samples of this epoch's first step that was left out, among those still known."""
+        steps = self.task.steps_per_epoch
+        begin = (done - 1 - self.first) * steps
+        left_out = history.steps[history.skipped & (history.steps >= begin)]
+        return self._rows(done - 1, left_out[0] - begin) if len(left_out) else None
 
     def _explain(self, sentence: str, rows: np.ndarray | None = None) -> None:
         """Say what went wrong: before it went wrong at all, then at a step that was not taken."""
@@ -759,7 +871,12 @@ class _Run:
         # First the cause: what fails is often only the last of a series.
         self.trainer.restore(*self.good)
         after = _several(self.good_epochs, "epoch")
-        self.say(f"\nThe network after {after}, on its next batch:")
+        begun = (
+            f"network after {after}, on its next"
+            if self.good_epochs
+            else "untrained network, on its first"
+        )
+        self.say(f"\nThe {begun} batch:")
         self.say(str(self.trainer.diagnose(self._rows(self.good_epochs, 0))))
         if of_the_step is not None:
             self.say("\nWhat had become of it, at the step that was left out:")
@@ -768,8 +885,10 @@ class _Run:
         again = (
             "--resume goes on, also with another --lr, --lr-schedule or --clip-norm"
             if saved
-            else "begin again with what the diagnosis says, or save more often with --save-interval"
+            else "begin again with what the diagnosis says"
         )
+        if not saved and self.good_epochs and self.options.save_interval > 1:
+            again += ", or save more often with --save-interval"
         raise BlownUp(f"the run blew up. {self._left()} {written}; {again}") from None
 
     def _rows(self, epoch: int, batch: int) -> np.ndarray:
@@ -792,7 +911,8 @@ class _Run:
         }
         try:
             history.save(self.place.folder / f"history-{done:06d}.npz")
-            checkpoint.save(self.place.folder, done, arrays, record)
+            given = {"input.mean": self.task.mean, "input.scale": self.task.scale}
+            checkpoint.save(self.place.folder, done, arrays | given, record)
         except OSError as error:
             raise NotSaved(
                 f"epoch {done} could not be saved in {self.place.folder}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import keras
@@ -56,7 +57,7 @@ class _Hooks(keras.callbacks.Callback):
         self.after_step()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self.after_epoch(epoch, float(logs["loss"]))
+        self.after_epoch(epoch)
 
 
 class Trainer:
@@ -87,12 +88,17 @@ class Trainer:
         if options.precision == "float16":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         self.optimizer = optimizer
-        self.model.compile(optimizer, self._each_loss, auto_scale_loss=False)
+        self.model.compile(optimizer, self._summed_loss, auto_scale_loss=False)
         optimizer.build(self.model.trainable_variables)
         self.probe = GradientProbe(
             capacity=min(max(1000, problem.steps_per_epoch), 10_000),
             on_nonfinite=options.on_nonfinite,
         )
+        #: Losses and samples of the steps that were taken, and of the last step.
+        self._taken, self._last = (
+            tf.Variable(tf.zeros(2, tf.float64), trainable=False) for _ in range(2)
+        )
+        self._before = tf.Variable(tf.zeros((), tf.int64), trainable=False)
         self._evaluate = tf.function(self._sums, reduce_retracing=True)
 
     @property
@@ -109,6 +115,27 @@ class Trainer:
             return tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
         wanted = tf.one_hot(y, logits.shape[1], dtype=logits.dtype)
         return tf.reduce_sum(tf.square(logits - wanted), axis=1)
+
+    def _summed_loss(self, y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        """The loss of every sample in a training step, whose sum is kept."""
+        losses = self._each_loss(y, logits)
+        self._settle()  # the step before this one
+        total = tf.reduce_sum(tf.cast(losses, tf.float64))
+        self._last.assign(tf.stack([total, tf.cast(tf.size(losses), tf.float64)]))
+        return losses
+
+    def _settle(self) -> None:
+        """Count the last step if it was taken: the optimiser counts no other."""
+        done = tf.cast(self.optimizer.iterations.value, tf.int64)
+        self._taken.assign_add(tf.where(done > self._before, self._last, tf.zeros_like(self._last)))
+        self._before.assign(done)
+
+    def _mean_loss(self) -> float:
+        """Mean loss over the samples of the steps that were taken since the last call, or NaN."""
+        self._settle()
+        total, samples = self._taken.numpy()
+        self._taken.assign(tf.zeros_like(self._taken))
+        return float(total / samples) if samples else math.nan
 
     def _dataset(self, first: int, last: int) -> tf.data.Dataset:
         """The batches of epochs first to last − 1, one after the other."""
@@ -136,13 +163,14 @@ class Trainer:
         Args:
             first, last: epochs, from 0.
             after_step: called after every step.
-            after_epoch: called with the epoch and its mean loss.
+            after_epoch: called with the epoch and its mean loss over the steps that were taken.
 
         Raises:
             FloatingPointError: the probe's, with on_nonfinite="raise".
         """
         if first == last:
             return
+        self._before.assign(tf.cast(self.optimizer.iterations.value, tf.int64))
         self.model.fit(
             self._dataset(first, last),
             initial_epoch=first,
@@ -150,7 +178,10 @@ class Trainer:
             steps_per_epoch=self.problem.steps_per_epoch,
             shuffle=False,
             verbose=0,
-            callbacks=[self.probe, _Hooks(after_step, after_epoch)],
+            callbacks=[
+                self.probe,
+                _Hooks(after_step, lambda epoch: after_epoch(epoch, self._mean_loss())),
+            ],
         )
 
     def _sums(self, x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,13 +35,43 @@ def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimiz
     return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, nesterov=name == "nesterov")
 
 
-def _weighted(losses: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
-    """Σ loss · share, float64; both lists are emptied."""
-    stacked = torch.stack(losses).double()
-    total = stacked @ torch.tensor(shares, dtype=torch.float64, device=stacked.device)
-    losses.clear()
-    shares.clear()
-    return total
+class _Mean:
+    """Mean loss over the samples of the steps that were taken.
+
+    Args:
+        probe: which knows the steps that were left out.
+        device: of the losses.
+    """
+
+    def __init__(self, probe: GradientProbe, device: torch.device | str) -> None:
+        self.probe, self.samples = probe, 0
+        self.total = torch.zeros((), device=device, dtype=torch.float64)
+        self.waiting: list[tuple[torch.Tensor, float, int]] = []
+
+    def add(self, loss: torch.Tensor, share: float, samples: int) -> None:
+        """A step that the probe has seen: its loss, what that was divided by, its samples."""
+        self.waiting.append((loss, share, samples))
+        if len(self.waiting) == _SUMMED:
+            self._sum()
+
+    def _sum(self) -> None:
+        # (The probe keeps as many steps as wait here, or more.)
+        skipped = self.probe.history.skipped[-len(self.waiting) :]
+        taken = [step for step, left in zip(self.waiting, skipped, strict=True) if not left]
+        self.waiting.clear()
+        if taken:
+            losses, shares, samples = zip(*taken, strict=True)
+            stacked = torch.stack(losses).double()
+            self.total += stacked @ torch.tensor(shares, dtype=torch.float64, device=stacked.device)
+            self.samples += sum(samples)
+
+    def result(self) -> float:
+        """The mean; NaN where no step was taken."""
+        if self.waiting:
+            self._sum()
+        if distributed.is_initialized():
+            distributed.all_reduce(self.total)
+        return float(self.total) / self.samples if self.samples else math.nan
 
 
 class Trainer:
@@ -116,21 +147,19 @@ class Trainer:
         Args:
             first, last: epochs, from 0.
             after_step: called after every step.
-            after_epoch: called with the epoch and its mean loss.
+            after_epoch: called with the epoch and its mean loss over the steps that were taken.
 
         Raises:
             FloatingPointError: the probe's, with on_nonfinite="raise".
         """
-        size, scaler, n = self.options.batch_size, self.scaler, len(self.y)
+        size, scaler = self.options.batch_size, self.scaler
         # (As Python's own numbers, with which the optimiser's arithmetic is faster.)
         rates = map(float, self.problem.rates[first * self.problem.steps_per_epoch :])
         with self.probe:
             for epoch in range(first, last):
                 self.model.train()
                 order = torch.from_numpy(self.problem.order(epoch)).to(self.device)
-                total = torch.zeros((), device=self.device, dtype=torch.float64)
-                losses: list[torch.Tensor] = []
-                shares: list[float] = []
+                mean = _Mean(self.probe, self.device)
                 for rows in order.split(size):
                     mine = rows[self.rank :: self.world] if self.world > 1 else rows
                     rate = next(rates)
@@ -148,16 +177,9 @@ class Trainer:
                         self.probe.clip_(self.options.clip_norm)
                     scaler.step(self.optimizer)
                     scaler.update()
-                    losses.append(loss.detach())
-                    shares.append(share)
-                    if len(losses) == _SUMMED:
-                        total += _weighted(losses, shares)
+                    mean.add(loss.detach(), share, len(rows))
                     after_step()
-                if losses:
-                    total += _weighted(losses, shares)
-                if self.world > 1:
-                    distributed.all_reduce(total)
-                after_epoch(epoch, float(total) / n)
+                after_epoch(epoch, mean.result())
 
     def evaluate(self, part: Part) -> tuple[float, float]:
         """Mean loss and accuracy.
