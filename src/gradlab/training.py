@@ -187,8 +187,8 @@ class Problem:
 
     Attributes:
         train: the training samples, each feature with mean 0 and standard deviation 1.
-        mean, scale: (features,), float64, from the training samples: x is (x − mean) · scale of
-            what was given.
+        mean: (features,), float64, of the training samples as they were given.
+        scale: (features,), float64, one over their standard deviation; x is (given − mean) · scale.
         validation: what is looked at after every epoch, shifted and scaled as `train`.
         test: what is looked at in the end, the same.
         spec: the network, a `convnet.ConvNetSpec` or an `mlp.MLPSpec`.
