@@ -165,7 +165,7 @@ def test_the_ledger_page_says_what_the_ledger_says():
     registry = claims.load(ROOT / "book" / "claims.yml")
     rows = {row["id"]: row for row in page.select("table.ledger tbody tr")}
     assert set(rows) == {f"claim-{claim_id}" for claim_id in registry}
-    words = Counter()
+    words = Counter(open=0)  # the summary says so, too, where none is open
     for claim_id in registry:
         word = rows[f"claim-{claim_id}"].select_one(".verdict-badge").get_text()
         assert word == ledger.get(claim_id, {}).get("verdict", "open")
