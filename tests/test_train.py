@@ -515,6 +515,8 @@ def test_the_data_are_standardised_as_the_notebooks_do_it(npz):
     for part, array in zip((task.train, task.validation, task.test), wanted, strict=True):
         np.testing.assert_array_equal(part.x, array)
         assert part.x.dtype == np.float32
+    given = data.Standardization.of(parts[0].astype(np.float32))
+    assert [a.tobytes() for a in task.standard] == [a.tobytes() for a in given]
 
 
 @pytest.mark.parametrize("side", SIDES)

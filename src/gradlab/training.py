@@ -187,8 +187,7 @@ class Problem:
 
     Attributes:
         train: the training samples, each feature with mean 0 and standard deviation 1.
-        mean: (features,), float64, of the training samples as they were given.
-        scale: (features,), float64, one over their standard deviation; x is (given − mean) · scale.
+        standard: what made them so of the training samples as they were given.
         validation: what is looked at after every epoch, shifted and scaled as `train`.
         test: what is looked at in the end, the same.
         spec: the network, a `convnet.ConvNetSpec` or an `mlp.MLPSpec`.
@@ -207,8 +206,7 @@ class Problem:
     rates: np.ndarray
     steps_per_epoch: int
     order: Callable[[int], np.ndarray]
-    mean: np.ndarray
-    scale: np.ndarray
+    standard: data.Standardization
     remarks: tuple[str, ...] = ()
 
 
@@ -382,13 +380,6 @@ def _sized(part: Part, size: float, name: str) -> Part:
     return Part(part.x[:wanted], part.y[:wanted])
 
 
-def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `data.standardize` subtracts from each feature, and multiplies it by, float64."""
-    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
-    varies = x.max(axis=0) > x.min(axis=0)
-    return mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies)
-
-
 def problem(options: Options) -> Problem:
     """Data, network, initial weights, order and rates of a run.
 
@@ -400,10 +391,8 @@ def problem(options: Options) -> Problem:
     train = _sized(train, options.train_load_size, "train_load_size")
     held = _sized(held, options.validation_load_size, "validation_load_size")
     test = _sized(test, options.test_load_size, "test_load_size")
-    mean, scale = _standard(train.x)
-    train, held, test = (
-        Part(((part.x - mean) * scale).astype(np.float32), part.y) for part in (train, held, test)
-    )
+    standard = data.Standardization.of(train.x)
+    train, held, test = (Part(standard(part.x), part.y) for part in (train, held, test))
     features = train.x.shape[1]
     if options.model_name == "nn":
         spec: convnet.ConvNetSpec | mlp.MLPSpec = convnet.ConvNetSpec(features, classes)
@@ -427,8 +416,7 @@ def problem(options: Options) -> Problem:
         learning_rates(options, steps_per_epoch * options.num_epochs),
         steps_per_epoch,
         lambda epoch: np.random.default_rng([options.seed, epoch]).permutation(n),
-        mean,
-        scale,
+        standard,
         remarks,
     )
 
@@ -911,7 +899,7 @@ class _Run:
         }
         try:
             history.save(self.place.folder / f"history-{done:06d}.npz")
-            given = {"input.mean": self.task.mean, "input.scale": self.task.scale}
+            given = {f"input.{k}": v for k, v in self.task.standard._asdict().items()}
             checkpoint.save(self.place.folder, done, arrays | given, record)
         except OSError as error:
             raise NotSaved(
