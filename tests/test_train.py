@@ -678,20 +678,20 @@ def test_a_batch_may_be_larger_than_the_data(capsys, tmp_path, side, monkeypatch
     )
     assert code == 0
     assert "200 training samples of 64 features and 10 classes, 1 step an epoch, 2 of 2" in out
-    assert "epoch 1: step 1 of 1\n" in out
+    assert "epoch 1, step 1 of 1\n" in out
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_log_file_hears_of_a_long_epoch(capsys, tmp_path, side, monkeypatch):
     shared = (*QUICK, "--framework", side, "--save-path", tmp_path)
     _, out, _ = train(capsys, *shared, "--num-epochs", 1)
-    assert ": step " not in out  # not yet
+    assert ", step " not in out  # not yet
     assert re.search(r"epoch 1: loss \S+, validation loss \S+, validation accuracy ", out)
     assert re.search(r"test loss \S+, test accuracy ", out)
     monkeypatch.setattr(training, "SPEAK_EVERY", 0.0)
     _, out, _ = train(capsys, *shared, "--resume")
-    assert [line for line in out.splitlines() if ": step " in line] == [
-        f"epoch 2: step {step} of 7" for step in range(1, 8)
+    assert [line for line in out.splitlines() if ", step " in line] == [
+        f"epoch 2, step {step} of 7" for step in range(1, 8)
     ]
 
 
@@ -840,26 +840,80 @@ def test_a_resumed_run_is_judged_by_the_untrained_network(capsys, tmp_path, side
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_the_log_holds_losses_and_norms(capsys, tmp_path, side):
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_has_the_same_number_before_and_after_a_resumption(
+    capsys, tmp_path, monkeypatch, side, precision
+):
+    hot = (*QUICK, "--framework", side, "--save-path", tmp_path, "--precision", precision)
+    assert train(capsys, *hot, "--num-epochs", 1)[0] == 0
+    prepared = training.problem(training.Options(model_name="mlp", train_load_size=200))
+    bad = int(prepared.order(1)[70])  # the third step of the second epoch
+    with_a_bad_sample(monkeypatch, bad)
+    code, out, _ = train(capsys, *hot, "--resume", "--on-nonfinite", "skip")
+    assert code == 0
+    assert re.search(r"The gradient of \S+ was not finite at epoch 2, step 3 of 7\. Of the", out)
+    if precision == "float32":  # (The scaler takes the step in float16, and goes on.)
+        for path in tmp_path.glob("*000002*"):
+            path.unlink()
+        code, out, _ = train(capsys, *hot, "--resume", "--on-nonfinite", "raise")
+        assert code == cli.BLEW_UP
+        assert re.search(r"^epoch 2, step 3 of 7: the gradient of \S+ \(", out, re.MULTILINE)
+        code, out, _ = train(capsys, *hot, "--resume", "--on-nonfinite", "record")
+        assert code == cli.BLEW_UP
+        assert ", since epoch 2, step 3 of 7 (" in out
+
+
+def events(log: Path) -> list:
+    """What TensorBoard would read, file by file."""
     from tensorboardX.proto.event_pb2 import Event
 
+    found = []
+    for path in sorted(log.iterdir()):
+        content = path.read_bytes()
+        while content:  # length (8), its checksum (4), the event, its checksum (4)
+            length = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_log_holds_losses_and_norms(capsys, tmp_path, monkeypatch, side):
+    monkeypatch.setattr(training, "LOG_EVERY", 2)
     log = tmp_path / "log"
-    assert (
-        train(
-            capsys, *QUICK, "--framework", side, "--save-path", tmp_path / "run", "--logdir", log
-        )[0]
-        == 0
-    )
-    content, tags = next(log.iterdir()).read_bytes(), {}
-    while content:  # length (8), its checksum (4), the event, its checksum (4)
-        length = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + length])
+    hot = (*QUICK, "--framework", side, "--save-path", tmp_path / "run", "--logdir", log)
+    assert train(capsys, *hot)[0] == 0
+    code, out, _ = train(capsys, *hot, "--resume", "--num-epochs", 3)
+    assert (code, "--logdir" in out) == (0, False)
+    tags, hidden = {}, []
+    for event in events(log):
+        if event.HasField("session_log"):
+            hidden.append(event.step)
         for value in event.summary.value:
             tags.setdefault(value.tag, []).append((event.step, value.simple_value))
-        content = content[16 + length :]
     assert {"loss", "validation/loss", "validation/accuracy", "grad_norm/total"} <= set(tags)
-    assert [step for step, _ in tags["loss"]] == [7, 14]
-    assert all(norm > 0 for _, norm in tags["grad_norm/total"])
+    # Counted from 1: the last step of an epoch and the epoch stand above each other.
+    assert [step for step, _ in tags["loss"]] == [7, 14, 21]
+    steps, norms = zip(*tags["grad_norm/total"], strict=True)
+    assert steps == (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
+    assert all(norm > 0 for norm in norms)
+    # What a killed run wrote after its last checkpoint is not drawn beside what came instead.
+    assert hidden == [15]
+
+
+def test_a_log_that_holds_another_run_is_remarked_on(capsys, tmp_path):
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "notes.txt").write_text("mine")
+    said = [
+        train(capsys, *QUICK, "--num-epochs", 1, "--logdir", log, "--save-path", tmp_path / name)
+        for name in ("first", "second")
+    ]
+    assert [code for code, *_ in said] == [0, 0]
+    assert "--logdir" not in said[0][1]
+    assert f"\n--logdir {log} already holds the events of a run, and " in said[1][1]
+    assert f"such as {log / 'second'}, keeps them apart.\n" in said[1][1]
+    assert len(list(log.iterdir())) == 3
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -1078,6 +1132,8 @@ def test_the_help_shows_no_default_that_means_nothing(capsys):
     for said in ("--num-epochs N", "no clipping", "blobs for nn", "record: ", "skip: ", "raise: "):
         assert said in " ".join(out.split())
     assert "\n  gradlab train --model-name mlp" in out  # an example, on a line of its own
+    for example in re.findall(r"\n  (gradlab train (?:.|\\\n)*)", out):
+        assert "--logdir runs/log" in example  # without it a resumption is not in the log
 
 
 def test_without_a_command_there_is_a_choice(capsys):

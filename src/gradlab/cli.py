@@ -33,7 +33,8 @@ exit code:
 
 examples:
   gradlab train --model-name mlp --lr 0.01 --save-path runs/first --logdir runs/log
-  gradlab train --model-name mlp --lr 0.01 --save-path runs/first --resume --num-epochs 20
+  gradlab train --model-name mlp --lr 0.01 --save-path runs/first --logdir runs/log \\
+                --num-epochs 20 --resume
   tensorboard --logdir runs/log        (from: pip install tensorboard)
   torchrun --nproc-per-node 2 -m gradlab train --save-path runs/two     (PyTorch, data-parallel)
 """
@@ -141,7 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
     )
     option(
-        "--logdir", "write TensorBoard's events into this folder (default: none)", metavar="FOLDER"
+        "--logdir",
+        "write TensorBoard's events into this folder. It draws those of one folder as one run, so "
+        "give each its own; a folder that holds another's is remarked on (default: none)",
+        metavar="FOLDER",
     )
     option(
         "--on-nonfinite",

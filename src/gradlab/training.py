@@ -514,9 +514,17 @@ class Place:
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, Path(options.save_path)
         self.changed: list[str] = []  # what differs from the run that is resumed
+        self.remarks: list[str] = []  # what is allowed, and seldom meant
         _check_folder("--save-path", self.folder)
         if options.logdir is not None:
-            _check_folder("--logdir", Path(options.logdir))
+            log = Path(options.logdir)
+            _check_folder("--logdir", log)
+            if not options.resume and any(log.glob("events.out.tfevents.*")):
+                self.remarks.append(
+                    f"--logdir {log} already holds the events of a run, and TensorBoard draws all "
+                    f"that are in one folder as one run. A folder for each, such as "
+                    f"{log / self.folder.name}, keeps them apart."
+                )
         self.there = checkpoint.numbered(self.folder)
         self.resumed: checkpoint.Checkpoint | None = None
         if options.resume:
@@ -684,7 +692,7 @@ def run(options: Options, say: Callable[[str], object] = _say) -> list[Epoch]:
         trainer: Trainer = trainer_class(options, task)
         speaks = trainer.rank == 0
         going = _Run(options, task, place, trainer, say if speaks else _say_nothing)
-        with _log(options.logdir if speaks else None) as log:
+        with _log(options.logdir if speaks else None, going.first * task.steps_per_epoch) as log:
             return going.finish(log)
 
 
@@ -727,11 +735,11 @@ class _Run:
         self.good, self.good_epochs = trainer.state(), self.first
         place.room(self.good[0])
 
-    def finish(self, log: Callable[[Epoch, GradientHistory, int], None]) -> list[Epoch]:
+    def finish(self, log: Callable[[Epoch, GradientHistory], None]) -> list[Epoch]:
         """Train the epochs that are left.
 
         Args:
-            log: gets each epoch, what the probe holds after it, and the steps before the probe's.
+            log: gets each epoch, and what the probe holds after it.
         """
         from tqdm import tqdm
 
@@ -747,7 +755,7 @@ class _Run:
             f"{_several(task.steps_per_epoch, 'step')} an epoch, {options.num_epochs - self.first} "
             f"of {_several(options.num_epochs, 'epoch')} to go"
         )
-        for remark in task.remarks:
+        for remark in (*task.remarks, *self.place.remarks):
             self.say(remark)
         if self.place.changed:
             self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
@@ -758,20 +766,20 @@ class _Run:
                 unit="step",
                 disable=None if self.speaks else True,  # None: where nobody sees it
             ) as self.bar:
-                self.steps, self.spoke = task.steps_per_epoch * self.first, time.monotonic()
+                self.steps, self.spoke = 0, time.monotonic()  # since the resumption
                 try:
                     trainer.fit(self.first, options.num_epochs, self._after_step, self._after_epoch)
                 except FloatingPointError as error:  # the probe's, on either side
                     self.bar.close()
-                    steps = task.steps_per_epoch
-                    at = divmod(self.first * steps + getattr(error, "step", 0), steps)
-                    self._explain(str(error), self._rows(*at))
+                    step = getattr(error, "step", 0)
+                    what = str(error).removeprefix(f"step {step}: ")
+                    self._explain(f"{self._named(step)}: {what}", self._rows(*self._at(step)))
             bad = trainer.history.first_nonfinite
             if bad:
                 self.say(
-                    f"The gradient of {bad.name} was not finite at step {bad.step}. Of the last "
-                    f"{len(trainer.history.steps)} steps, {trainer.history.skipped.sum()} were "
-                    "left out."
+                    f"The gradient of {bad.name} was not finite at {self._named(bad.step)}. Of "
+                    f"the last {len(trainer.history.steps)} steps, "
+                    f"{trainer.history.skipped.sum()} were left out."
                 )
         if self.speaks:  # what an earlier attempt left would mislead now
             (self.place.folder / AT_THE_END).unlink(missing_ok=True)
@@ -779,13 +787,23 @@ class _Run:
         self.say(f"test loss {loss:.4g}, test accuracy {accuracy:.1%}. {self._left()}")
         return self.epochs
 
+    def _at(self, step: int) -> tuple[int, int]:
+        """The epoch, and the step of it, of a step as the probe counts: from 0, as these are, and
+        from the resumption.
+        """
+        return divmod(self.first * self.task.steps_per_epoch + step, self.task.steps_per_epoch)
+
+    def _named(self, step: int) -> str:
+        """The same in words, from 1, as in the report and in TensorBoard."""
+        epoch, step_of_it = self._at(step)
+        return f"epoch {epoch + 1}, step {step_of_it + 1} of {self.task.steps_per_epoch}"
+
     def _after_step(self) -> None:
         """Show how far it is: on a terminal a bar does, elsewhere a line now and then."""
         self.steps += 1
         self.bar.update()
         if self.bar.disable and time.monotonic() - self.spoke >= SPEAK_EVERY:
-            epoch, step = divmod(self.steps - 1, self.task.steps_per_epoch)
-            self.say(f"epoch {epoch + 1}: step {step + 1} of {self.task.steps_per_epoch}")
+            self.say(self._named(self.steps - 1))
             self.spoke = time.monotonic()
 
     def _after_epoch(self, number: int, loss: float) -> None:
@@ -800,7 +818,7 @@ class _Run:
             f"validation accuracy {epoch.validation_accuracy:.1%}"
         )
         self.spoke = time.monotonic()
-        self.log(epoch, history, self.first * task.steps_per_epoch)
+        self.log(epoch, history)
         arrays, numbers = self.trainer.state()
         self._check(done, loss, arrays, history)
         self.good, self.good_epochs = (arrays, numbers), done
@@ -814,7 +832,7 @@ class _Run:
         lost = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         if lost:
             bad = history.first_nonfinite
-            since = f", since step {bad.step} ({bad.name})" if bad else ""
+            since = f", since {self._named(bad.step)} ({bad.name})" if bad else ""
             self._explain(f"{len(lost)} arrays are no longer finite, {lost[0]} first{since}.")
         if history.skipped[-self.task.steps_per_epoch :].all():
             self._explain(
@@ -909,28 +927,40 @@ class _Run:
 
 
 @contextmanager
-def _log(logdir: str | None) -> Iterator[Callable[[Epoch, GradientHistory, int], None]]:
-    """Write TensorBoard's events, or nothing without a folder for them."""
+def _log(logdir: str | None, before: int) -> Iterator[Callable[[Epoch, GradientHistory], None]]:
+    """Write TensorBoard's events, or nothing without a folder for them.
+
+    Args:
+        logdir: the folder.
+        before: steps before those that the probe counts.  What the folder tells of later ones is of
+            a run that went on from there too, and is not drawn any more.
+    """
     if logdir is None:
-        yield lambda epoch, history, offset: None
+        yield lambda epoch, history: None
         return
     from tensorboardX import SummaryWriter
 
     try:
-        writer = SummaryWriter(logdir)
+        writer = SummaryWriter(
+            logdir,
+            purge_step=before + 1 if before else None,
+            # By itself it names a file by the second, and overwrites that of a run as old.
+            filename_suffix=f".{time.time_ns()}",
+        )
     except OSError as error:
         raise _unwritable("--logdir", Path(logdir), error) from None
     written = -1
 
-    def log(epoch: Epoch, history: GradientHistory, offset: int) -> None:
+    def log(epoch: Epoch, history: GradientHistory) -> None:
         nonlocal written
         for step, total, norms in zip(history.steps, history.total, history.norms, strict=True):
             if step > written and step % LOG_EVERY == 0:
-                writer.add_scalar("grad_norm/total", total, offset + step)
+                number = before + step + 1  # so that an epoch's last step has the epoch's place
+                writer.add_scalar("grad_norm/total", total, number)
                 for name, norm in zip(history.names, norms, strict=True):
-                    writer.add_scalar(f"grad_norm/{name}", norm, offset + step)
+                    writer.add_scalar(f"grad_norm/{name}", norm, number)
         written = history.steps[-1]
-        last = offset + written + 1
+        last = before + written + 1
         for name, value in epoch._asdict().items():
             if name != "epoch":
                 writer.add_scalar(name.replace("_", "/"), value, last)
