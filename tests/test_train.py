@@ -286,15 +286,60 @@ def run(done, tmp_path) -> Path:
     return Path(shutil.copytree(done, tmp_path / "run"))
 
 
-def test_a_schedule_is_stretched_only_where_the_rates_change_anyway(capsys, tmp_path):
+def test_a_schedule_is_never_stretched(capsys, tmp_path):
     here = (*QUICK, "--lr-schedule", "cosine", "--save-path", tmp_path)
     assert train(capsys, *here, "--num-epochs", 1)[0] == 0
-    code, _, err = train(capsys, *here, "--num-epochs", 2, "--resume")
-    assert code == cli.BAD_INPUT
-    assert "with another --lr or --lr-schedule beside it, they may change" in err
-    code, out, _ = train(capsys, *here, "--num-epochs", 2, "--resume", "--lr", 0.002)
+    for more in ((), ("--lr", 0.002), ("--clip-norm", 1)):  # whatever else is changed
+        code, _, err = train(capsys, *here, "--num-epochs", 2, "--resume", *more)
+        assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+        assert "--num-epochs was 1 and is 2, and --lr-schedule cosine is laid over all" in err
+        assert "Repeat --num-epochs 1, or go on with --lr-schedule constant and an --lr" in err
+    # What the sentence offers is taken.
+    code, out, _ = train(
+        capsys, *here, "--num-epochs", 2, "--resume", "--lr-schedule", "constant", "--lr", 0.002
+    )
     assert code == 0
-    assert "--lr was 0.001 and is 0.002" in out
+    assert "after 1 epoch, --num-epochs from 1 to 2" in out
+    assert train(capsys, *here, "--num-epochs", 1, "--reset")[0] == 0
+    assert train(capsys, *here, "--num-epochs", 1, "--resume")[0] == 0
+    # And a constant rate knows no end.
+    flat = (*here, "--lr-schedule", "constant")
+    assert train(capsys, *flat, "--num-epochs", 1, "--reset")[0] == 0
+    code, out, _ = train(capsys, *flat, "--num-epochs", 2, "--resume")
+    assert (code, "Changed on the way" in out) == (0, False)
+
+
+def test_all_that_resumptions_changed_is_kept_and_said(capsys, tmp_path):
+    def resumed(epochs, *options):
+        given = ("--save-path", tmp_path, "--num-epochs", epochs, "--resume", *options)
+        code, out, _ = train(capsys, *QUICK, *given)
+        assert code == 0
+        (said,) = [line for line in out.splitlines() if line.startswith("Changed on the way: ")]
+        record = checkpoint.load(tmp_path / f"checkpoint-{epochs:06d}.json").record
+        return said.removeprefix("Changed on the way: "), record["changes"]
+
+    assert train(capsys, *QUICK, "--save-path", tmp_path, "--num-epochs", 1)[0] == 0
+    assert checkpoint.load(tmp_path / "checkpoint-000001.json").record["changes"] == []
+    first, kept = resumed(2, "--lr", 0.01)
+    assert first == "after 1 epoch, --lr from 0.001 to 0.01."
+    assert kept == [{"epochs_done": 1, "option": "lr", "before": 0.001, "now": 0.01}]
+    second, kept = resumed(3, "--lr", 0.02, "--clip-norm", 1)
+    assert second == (
+        "after 1 epoch, --lr from 0.001 to 0.01; after 2 epochs, --clip-norm from None to 1.0; "
+        "after 2 epochs, --lr from 0.01 to 0.02."
+    )
+    assert len(kept) == 3
+    # Also by a resumption that changes nothing.
+    assert resumed(4, "--lr", 0.02, "--clip-norm", 1) == (second, kept)
+
+
+@pytest.mark.parametrize("changes", [5, [5], [{"option": "lr"}], None])
+def test_a_list_of_changes_that_is_none_is_refused(capsys, run, changes):
+    there = checkpoint.load(run / "checkpoint-000002.json")
+    checkpoint.save(run, 2, there.arrays, there.record | {"changes": changes})
+    code, _, err = train(capsys, *QUICK, "--save-path", run, "--resume")
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+    assert "checkpoint-000002.json holds no list of changes: " in err
 
 
 def damaged(path, change):
@@ -817,7 +862,7 @@ def test_a_loss_that_grows_is_a_blow_up_also_in_the_last_epoch(capsys, tmp_path,
     assert train(capsys, *hot, "--lr", 0.01, "--num-epochs", 1)[0] == 0
     code, out, err = train(capsys, *hot, "--lr", 5, "--num-epochs", 2, "--resume")
     assert code == cli.BLEW_UP
-    assert "--lr was 0.01 and is 5.0" in out
+    assert "after 1 epoch, --lr from 0.01 to 5.0" in out
     assert "The mean loss of this epoch is " in out
     assert "Divergence at " in out.split("The network after 1 epoch, ")[1]
     assert "--save-interval" not in err

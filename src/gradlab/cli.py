@@ -20,13 +20,14 @@ BLEW_UP, BAD_INPUT, NOT_SAVED, INTERRUPTED = 1, 2, 3, 130
 _EPILOG = """\
 In --save-path:
   checkpoint-N.safetensors  weights and optimiser after N epochs
-  checkpoint-N.json         its digest, the options and all losses
+  checkpoint-N.json         digests, the options, what --resume changed of them, and all losses
   history-N.npz             gradient norms of the last steps
 
 exit code:
   0    done
   1    the run blew up: a gradient was not finite, or an epoch's mean loss is ten times that of the
-       untrained network; the diagnosis is printed
+       untrained network, or weights are not finite after it, or all its steps were left out, or
+       some were and the validation loss is not finite; the diagnosis is printed
   2    bad input, and nothing was changed
   3    a checkpoint could not be written; the older ones are as they were
   130  interrupted
@@ -133,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     number("--seed", "of the weights and of the order of the samples")
     option(
         "--resume",
-        "go on from the newest checkpoint in --save-path, to the weights of an unbroken run",
+        "go on from the newest checkpoint in --save-path, to the weights of an unbroken run. Give "
+        "the options again; --lr, --lr-schedule and --clip-norm may be others, and are noted; "
+        "--num-epochs may, unless a schedule goes on that is laid over all epochs",
         action="store_true",
     )
     option(

@@ -472,6 +472,19 @@ class Epoch(NamedTuple):
     validation_accuracy: float
 
 
+class Change(NamedTuple):
+    """What a resumption changed: after so many epochs, which option, from what to what."""
+
+    epochs_done: int
+    option: str
+    before: object
+    now: object
+
+    def __str__(self) -> str:
+        after = _several(self.epochs_done, "epoch")
+        return f"after {after}, {_flag(self.option)} from {self.before!r} to {self.now!r}"
+
+
 class BlownUp(RuntimeError):
     """The run ended because its numbers are no longer finite, or its loss grew out of hand."""
 
@@ -513,7 +526,7 @@ class Place:
 
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, Path(options.save_path)
-        self.changed: list[str] = []  # what differs from the run that is resumed
+        self.changes: list[Change] = []  # at all resumptions, this one's last
         self.remarks: list[str] = []  # what is allowed, and seldom meant
         _check_folder("--save-path", self.folder)
         if options.logdir is not None:
@@ -608,29 +621,37 @@ class Place:
         before, now = record.get("options"), asdict(self.options)
         if not isinstance(before, dict) or not isinstance(record.get("epochs_done"), int):
             raise checkpoint.BadCheckpoint(f"{path} does not say what run it belongs to: --reset")
-        changes = {
+        different = {
             f.name: f"{_flag(f.name)} was {before.get(f.name)!r} and is {now[f.name]!r}"
             for f in fields(Options)
             if f.name not in _FREE and before.get(f.name) != now[f.name]
         }
-        self.changed = [changes.pop(name) for name in sorted(_CURES & set(changes))]
-        different = list(changes.values())
         done, wanted = record["epochs_done"], self.options.num_epochs
-        scheduled = self.options.lr_schedule != "constant" and not self.changed
-        if before.get("num_epochs") != wanted and scheduled:
-            different.append(
-                f"--num-epochs was {before.get('num_epochs')} and is {wanted}, which changes the "
-                f"rates of --lr-schedule {self.options.lr_schedule} (with another --lr or "
-                "--lr-schedule beside it, they may change)"
-            )
+        try:
+            self.changes = [Change(**change) for change in record.get("changes", [])]
+        except TypeError as error:
+            raise checkpoint.BadCheckpoint(f"{path} holds no list of changes: {error}") from None
+        noted = _CURES & set(different)
+        different = {name: how for name, how in different.items() if name not in noted}
+        if "lr_schedule" in noted and before.get("num_epochs") != wanted:
+            noted |= {"num_epochs"}  # which a schedule is laid over
+        self.changes += [Change(done, name, before.get(name), now[name]) for name in sorted(noted)]
         if different:
             raise BadOption(
-                f"--resume: {path} belongs to another run: {'; '.join(different)}. Repeat its "
-                "options, or give another --save-path"
+                f"--resume: {path} belongs to another run: {'; '.join(different.values())}. Repeat "
+                "its options, or give another --save-path"
             )
         if done > wanted:
             raise BadOption(
                 f"--resume: {path} has {done} epochs behind it, --num-epochs asks for {wanted}"
+            )
+        schedule, epochs = self.options.lr_schedule, before.get("num_epochs")
+        if epochs != wanted and schedule == before.get("lr_schedule") != "constant":
+            raise BadOption(
+                f"--resume: --num-epochs was {epochs} and is {wanted}, and --lr-schedule "
+                f"{schedule} is laid over all epochs: the rates would be those of neither. Repeat "
+                f"--num-epochs {epochs}, or go on with --lr-schedule constant and an --lr of your "
+                "choice"
             )
 
     def tidy(self) -> int:
@@ -757,8 +778,8 @@ class _Run:
         )
         for remark in (*task.remarks, *self.place.remarks):
             self.say(remark)
-        if self.place.changed:
-            self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
+        if self.place.changes:
+            self.say(f"Changed on the way: {'; '.join(map(str, self.place.changes))}.")
         if self.first < options.num_epochs:
             with tqdm(
                 total=len(task.rates),
@@ -912,6 +933,7 @@ class _Run:
             "options": asdict(self.options),
             "epochs_done": done,
             "start_loss": self.start_loss,
+            "changes": [change._asdict() for change in self.place.changes],
             "epochs": [epoch._asdict() for epoch in self.epochs],
             "trainer": numbers,
         }
