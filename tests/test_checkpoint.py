@@ -27,7 +27,7 @@ ARRAYS = {
 
 @pytest.fixture
 def saved(tmp_path):
-    return checkpoint.save(tmp_path, 3, ARRAYS, {"epochs_done": 3})
+    return checkpoint.save(tmp_path, 3, ARRAYS, {"epochs_done": 3, "losses": [0.5, 0.25]})
 
 
 def test_what_is_saved_comes_back(saved):
@@ -60,9 +60,25 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def other(key, value):
+def other(key, value, *, forged=False):
+    """Another value in the JSON; forged: with a digest of its own that fits."""
+
     def change(path):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        record = json.loads(path.read_text()) | {key: value}
+        if forged:
+            rest = {k: v for k, v in record.items() if k != "record_sha256"}
+            digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+            record["record_sha256"] = digest
+        path.write_text(json.dumps(record))
+
+    return change
+
+
+def without(key):
+    def change(path):
+        record = json.loads(path.read_text())
+        del record[key]
+        path.write_text(json.dumps(record))
 
     return change
 
@@ -78,9 +94,21 @@ def other(key, value):
         (".json", lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
         (".json", lambda path: path.write_text("[]"), "is no checkpoint of gradlab"),
         (".json", other("format", "gradlab checkpoint 2"), "is no checkpoint of gradlab"),
-        (".json", other("sha256", None), "is not what was saved"),
-        (".json", other("arrays", "../other.safetensors"), "names no arrays beside it"),
-        (".json", other("arrays", 5), "names no arrays beside it"),
+        (".json", other("sha256", None, forged=True), r"\.safetensors is not what was saved"),
+        (
+            ".json",
+            other("arrays", "../other.safetensors", forged=True),
+            "names no arrays beside it",
+        ),
+        (".json", other("arrays", 5, forged=True), "names no arrays beside it"),
+        (".json", other("epochs_done", 4), r"\.json is not what was saved: its content does not"),
+        (".json", other("losses", [0.5, 0.26]), "is not what was saved"),
+        (".json", other("more", 1), "It was edited or damaged, and is not loaded"),
+        (".json", without("epochs_done"), "is not what was saved"),
+        # As one that was written before there was a digest.
+        (".json", without("record_sha256"), "its content does not fit its record_sha256"),
+        (".json", other("record_sha256", "0" * 64), "is not what was saved"),
+        (".json", other("record_sha256", None), "is not what was saved"),
     ],
 )
 def test_a_damaged_one_is_refused(saved, suffix, damage, says):
@@ -89,12 +117,36 @@ def test_a_damaged_one_is_refused(saved, suffix, damage, says):
         checkpoint.load(saved)
 
 
+def test_every_bit_of_the_record_counts(saved):
+    content = saved.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            saved.write_bytes(changed)
+            with pytest.raises(checkpoint.BadCheckpoint):
+                checkpoint.load(saved)
+
+
+def test_a_record_may_hold_what_json_changes(tmp_path):
+    record = {"é": float("nan"), "pair": (1, 2), "by number": {1: "one"}, "tiny": 5e-324}
+    there = checkpoint.load(checkpoint.save(tmp_path, 1, {}, record)).record
+    assert np.isnan(there["é"])
+    assert (there["pair"], there["by number"], there["tiny"]) == ([1, 2], {"1": "one"}, 5e-324)
+    # Saved again, it gets digests of its own.
+    again = checkpoint.save(tmp_path, 2, ARRAYS, there | {"more": 1})
+    assert checkpoint.load(again).record["more"] == 1
+    # And other spaces are no other content.
+    again.write_text(json.dumps(json.loads(again.read_text())))
+    assert checkpoint.load(again).record["more"] == 1
+
+
 def test_arrays_of_another_format_are_refused(saved):
     import pickle
 
     data = saved.with_suffix(".safetensors")
     data.write_bytes(pickle.dumps({"weight": 1}))
-    other("sha256", hashlib.sha256(data.read_bytes()).hexdigest())(saved)
+    other("sha256", hashlib.sha256(data.read_bytes()).hexdigest(), forged=True)(saved)
     with pytest.raises(checkpoint.BadCheckpoint, match="is no safetensors file"):
         checkpoint.load(saved)
 

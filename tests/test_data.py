@@ -48,6 +48,22 @@ def test_a_constant_feature_becomes_zero_whatever_its_value(constant, dtype):
     assert train[:, 1].std() == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_standardizes_can_be_kept_and_gives_the_same_bits(dtype):
+    rng = np.random.default_rng(0)
+    train, other = (rng.normal(5, 3, (n, 4)).astype(dtype) for n in (50, 7))
+    train[:, 2] = 0.1
+    kept = data.Standardization.of(train)
+    std = train.std(axis=0, dtype=float)
+    wanted = np.array([0 if i == 2 else 1 / std[i] for i in range(4)])
+    assert kept.mean.tobytes() == train.mean(axis=0, dtype=float).tobytes()
+    assert kept.scale.tobytes() == wanted.tobytes()
+    for x, made in zip((train, other), data.standardize(train, other), strict=True):
+        by_hand = ((x - kept.mean) * kept.scale).astype(np.float32)
+        assert made.tobytes() == by_hand.tobytes() == kept(x).tobytes()
+        assert made.dtype == np.float32
+
+
 @pytest.mark.parametrize(("scale", "top"), [("unit", 1), ("raw", 16)])
 def test_other_scales(scale, top):
     split = data.digits(scale)

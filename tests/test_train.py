@@ -286,15 +286,60 @@ def run(done, tmp_path) -> Path:
     return Path(shutil.copytree(done, tmp_path / "run"))
 
 
-def test_a_schedule_is_stretched_only_where_the_rates_change_anyway(capsys, tmp_path):
+def test_a_schedule_is_never_stretched(capsys, tmp_path):
     here = (*QUICK, "--lr-schedule", "cosine", "--save-path", tmp_path)
     assert train(capsys, *here, "--num-epochs", 1)[0] == 0
-    code, _, err = train(capsys, *here, "--num-epochs", 2, "--resume")
-    assert code == cli.BAD_INPUT
-    assert "with another --lr or --lr-schedule beside it, they may change" in err
-    code, out, _ = train(capsys, *here, "--num-epochs", 2, "--resume", "--lr", 0.002)
+    for more in ((), ("--lr", 0.002), ("--clip-norm", 1)):  # whatever else is changed
+        code, _, err = train(capsys, *here, "--num-epochs", 2, "--resume", *more)
+        assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+        assert "--num-epochs was 1 and is 2, and --lr-schedule cosine is laid over all" in err
+        assert "Repeat --num-epochs 1, or go on with --lr-schedule constant and an --lr" in err
+    # What the sentence offers is taken.
+    code, out, _ = train(
+        capsys, *here, "--num-epochs", 2, "--resume", "--lr-schedule", "constant", "--lr", 0.002
+    )
     assert code == 0
-    assert "--lr was 0.001 and is 0.002" in out
+    assert "after 1 epoch, --num-epochs from 1 to 2" in out
+    assert train(capsys, *here, "--num-epochs", 1, "--reset")[0] == 0
+    assert train(capsys, *here, "--num-epochs", 1, "--resume")[0] == 0
+    # And a constant rate knows no end.
+    flat = (*here, "--lr-schedule", "constant")
+    assert train(capsys, *flat, "--num-epochs", 1, "--reset")[0] == 0
+    code, out, _ = train(capsys, *flat, "--num-epochs", 2, "--resume")
+    assert (code, "Changed on the way" in out) == (0, False)
+
+
+def test_all_that_resumptions_changed_is_kept_and_said(capsys, tmp_path):
+    def resumed(epochs, *options):
+        given = ("--save-path", tmp_path, "--num-epochs", epochs, "--resume", *options)
+        code, out, _ = train(capsys, *QUICK, *given)
+        assert code == 0
+        (said,) = [line for line in out.splitlines() if line.startswith("Changed on the way: ")]
+        record = checkpoint.load(tmp_path / f"checkpoint-{epochs:06d}.json").record
+        return said.removeprefix("Changed on the way: "), record["changes"]
+
+    assert train(capsys, *QUICK, "--save-path", tmp_path, "--num-epochs", 1)[0] == 0
+    assert checkpoint.load(tmp_path / "checkpoint-000001.json").record["changes"] == []
+    first, kept = resumed(2, "--lr", 0.01)
+    assert first == "after 1 epoch, --lr from 0.001 to 0.01."
+    assert kept == [{"epochs_done": 1, "option": "lr", "before": 0.001, "now": 0.01}]
+    second, kept = resumed(3, "--lr", 0.02, "--clip-norm", 1)
+    assert second == (
+        "after 1 epoch, --lr from 0.001 to 0.01; after 2 epochs, --clip-norm from None to 1.0; "
+        "after 2 epochs, --lr from 0.01 to 0.02."
+    )
+    assert len(kept) == 3
+    # Also by a resumption that changes nothing.
+    assert resumed(4, "--lr", 0.02, "--clip-norm", 1) == (second, kept)
+
+
+@pytest.mark.parametrize("changes", [5, [5], [{"option": "lr"}], None])
+def test_a_list_of_changes_that_is_none_is_refused(capsys, run, changes):
+    there = checkpoint.load(run / "checkpoint-000002.json")
+    checkpoint.save(run, 2, there.arrays, there.record | {"changes": changes})
+    code, _, err = train(capsys, *QUICK, "--save-path", run, "--resume")
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+    assert "checkpoint-000002.json holds no list of changes: " in err
 
 
 def damaged(path, change):
@@ -329,7 +374,8 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(capsys, run, argume
         (".safetensors", lambda content: content[:-1] + b"\x7f", "is not what was saved"),
         (".json", lambda content: content[:50], "cannot be read as JSON"),
         (".json", lambda content: b'{"epoch": 2}', "is no checkpoint of gradlab"),
-        (".json", lambda content: content.replace(b"epochs_done", b"epochs_gone"), "does not say"),
+        (".json", lambda content: content.replace(b'"lr": 0.001', b'"lr": 0.002'), "was edited"),
+        (".json", lambda content: content.replace(b'"seed": 0', b'"seed": 1'), "was edited"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(capsys, run, suffix, change, says):
@@ -351,6 +397,8 @@ def test_a_bad_checkpoint_is_refused(capsys, run, suffix, change, says):
         (lambda name, array: {name: array}, {"epochs": []}),
         (lambda name, array: {name: array}, {"epochs": [{"epoch": 1}, {"epoch": 2}]}),
         (lambda name, array: {name: array}, {"start_loss": None}),
+        (lambda name, array: {name: array}, {"options": None}),
+        (lambda name, array: {name: array}, {"epochs_done": "two"}),
     ],
 )
 def test_what_belongs_to_another_network_is_refused(capsys, run, change_array, change_record):
@@ -358,12 +406,11 @@ def test_what_belongs_to_another_network_is_refused(capsys, run, change_array, c
     arrays = {}
     for name, array in there.arrays.items():
         arrays |= change_array(name, array)
-    record = {k: v for k, v in there.record.items() if k not in ("format", "arrays", "sha256")}
-    checkpoint.save(run, 2, arrays, record | change_record)
+    checkpoint.save(run, 2, arrays, there.record | change_record)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     code, _, err = train(capsys, *QUICK, "--save-path", run, "--resume", "--num-epochs", "3")
     assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
-    assert "does not fit this network" in err
+    assert re.search("does not (fit this network|say what run it belongs to)", err)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -515,6 +562,8 @@ def test_the_data_are_standardised_as_the_notebooks_do_it(npz):
     for part, array in zip((task.train, task.validation, task.test), wanted, strict=True):
         np.testing.assert_array_equal(part.x, array)
         assert part.x.dtype == np.float32
+    given = data.Standardization.of(parts[0].astype(np.float32))
+    assert [a.tobytes() for a in task.standard] == [a.tobytes() for a in given]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -551,10 +600,9 @@ def test_a_checkpoint_without_the_standardisation_is_resumed(capsys, tmp_path, s
     here = (*QUICK, "--framework", side, "--save-path", tmp_path)
     assert train(capsys, *here, "--num-epochs", 1)[0] == 0
     there = checkpoint.load(tmp_path / "checkpoint-000001.json")
-    record = {k: v for k, v in there.record.items() if k not in ("format", "arrays", "sha256")}
     older = {name: array for name, array in there.arrays.items() if "input." not in name}
     assert len(older) == len(there.arrays) - 2
-    checkpoint.save(tmp_path, 1, older, record)
+    checkpoint.save(tmp_path, 1, older, there.record)
     assert train(capsys, *here, "--resume")[0] == 0
     assert "input.mean" in arrays_of(tmp_path)
 
@@ -676,20 +724,20 @@ def test_a_batch_may_be_larger_than_the_data(capsys, tmp_path, side, monkeypatch
     )
     assert code == 0
     assert "200 training samples of 64 features and 10 classes, 1 step an epoch, 2 of 2" in out
-    assert "epoch 1: step 1 of 1\n" in out
+    assert "epoch 1, step 1 of 1\n" in out
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_log_file_hears_of_a_long_epoch(capsys, tmp_path, side, monkeypatch):
     shared = (*QUICK, "--framework", side, "--save-path", tmp_path)
     _, out, _ = train(capsys, *shared, "--num-epochs", 1)
-    assert ": step " not in out  # not yet
+    assert ", step " not in out  # not yet
     assert re.search(r"epoch 1: loss \S+, validation loss \S+, validation accuracy ", out)
     assert re.search(r"test loss \S+, test accuracy ", out)
     monkeypatch.setattr(training, "SPEAK_EVERY", 0.0)
     _, out, _ = train(capsys, *shared, "--resume")
-    assert [line for line in out.splitlines() if ": step " in line] == [
-        f"epoch 2: step {step} of 7" for step in range(1, 8)
+    assert [line for line in out.splitlines() if ", step " in line] == [
+        f"epoch 2, step {step} of 7" for step in range(1, 8)
     ]
 
 
@@ -815,7 +863,7 @@ def test_a_loss_that_grows_is_a_blow_up_also_in_the_last_epoch(capsys, tmp_path,
     assert train(capsys, *hot, "--lr", 0.01, "--num-epochs", 1)[0] == 0
     code, out, err = train(capsys, *hot, "--lr", 5, "--num-epochs", 2, "--resume")
     assert code == cli.BLEW_UP
-    assert "--lr was 0.01 and is 5.0" in out
+    assert "after 1 epoch, --lr from 0.01 to 5.0" in out
     assert "The mean loss of this epoch is " in out
     assert "Divergence at " in out.split("The network after 1 epoch, ")[1]
     assert "--save-interval" not in err
@@ -838,26 +886,80 @@ def test_a_resumed_run_is_judged_by_the_untrained_network(capsys, tmp_path, side
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_the_log_holds_losses_and_norms(capsys, tmp_path, side):
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_has_the_same_number_before_and_after_a_resumption(
+    capsys, tmp_path, monkeypatch, side, precision
+):
+    hot = (*QUICK, "--framework", side, "--save-path", tmp_path, "--precision", precision)
+    assert train(capsys, *hot, "--num-epochs", 1)[0] == 0
+    prepared = training.problem(training.Options(model_name="mlp", train_load_size=200))
+    bad = int(prepared.order(1)[70])  # the third step of the second epoch
+    with_a_bad_sample(monkeypatch, bad)
+    code, out, _ = train(capsys, *hot, "--resume", "--on-nonfinite", "skip")
+    assert code == 0
+    assert re.search(r"The gradient of \S+ was not finite at epoch 2, step 3 of 7\. Of the", out)
+    if precision == "float32":  # (The scaler takes the step in float16, and goes on.)
+        for path in tmp_path.glob("*000002*"):
+            path.unlink()
+        code, out, _ = train(capsys, *hot, "--resume", "--on-nonfinite", "raise")
+        assert code == cli.BLEW_UP
+        assert re.search(r"^epoch 2, step 3 of 7: the gradient of \S+ \(", out, re.MULTILINE)
+        code, out, _ = train(capsys, *hot, "--resume", "--on-nonfinite", "record")
+        assert code == cli.BLEW_UP
+        assert ", since epoch 2, step 3 of 7 (" in out
+
+
+def events(log: Path) -> list:
+    """What TensorBoard would read, file by file."""
     from tensorboardX.proto.event_pb2 import Event
 
+    found = []
+    for path in sorted(log.iterdir()):
+        content = path.read_bytes()
+        while content:  # length (8), its checksum (4), the event, its checksum (4)
+            length = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_log_holds_losses_and_norms(capsys, tmp_path, monkeypatch, side):
+    monkeypatch.setattr(training, "LOG_EVERY", 2)
     log = tmp_path / "log"
-    assert (
-        train(
-            capsys, *QUICK, "--framework", side, "--save-path", tmp_path / "run", "--logdir", log
-        )[0]
-        == 0
-    )
-    content, tags = next(log.iterdir()).read_bytes(), {}
-    while content:  # length (8), its checksum (4), the event, its checksum (4)
-        length = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + length])
+    hot = (*QUICK, "--framework", side, "--save-path", tmp_path / "run", "--logdir", log)
+    assert train(capsys, *hot)[0] == 0
+    code, out, _ = train(capsys, *hot, "--resume", "--num-epochs", 3)
+    assert (code, "--logdir" in out) == (0, False)
+    tags, hidden = {}, []
+    for event in events(log):
+        if event.HasField("session_log"):
+            hidden.append(event.step)
         for value in event.summary.value:
             tags.setdefault(value.tag, []).append((event.step, value.simple_value))
-        content = content[16 + length :]
     assert {"loss", "validation/loss", "validation/accuracy", "grad_norm/total"} <= set(tags)
-    assert [step for step, _ in tags["loss"]] == [7, 14]
-    assert all(norm > 0 for _, norm in tags["grad_norm/total"])
+    # Counted from 1: the last step of an epoch and the epoch stand above each other.
+    assert [step for step, _ in tags["loss"]] == [7, 14, 21]
+    steps, norms = zip(*tags["grad_norm/total"], strict=True)
+    assert steps == (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21)
+    assert all(norm > 0 for norm in norms)
+    # What a killed run wrote after its last checkpoint is not drawn beside what came instead.
+    assert hidden == [15]
+
+
+def test_a_log_that_holds_another_run_is_remarked_on(capsys, tmp_path):
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "notes.txt").write_text("mine")
+    said = [
+        train(capsys, *QUICK, "--num-epochs", 1, "--logdir", log, "--save-path", tmp_path / name)
+        for name in ("first", "second")
+    ]
+    assert [code for code, *_ in said] == [0, 0]
+    assert "--logdir" not in said[0][1]
+    assert f"\n--logdir {log} already holds the events of a run, and " in said[1][1]
+    assert f"such as {log / 'second'}, keeps them apart.\n" in said[1][1]
+    assert len(list(log.iterdir())) == 3
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -1076,6 +1178,8 @@ def test_the_help_shows_no_default_that_means_nothing(capsys):
     for said in ("--num-epochs N", "no clipping", "blobs for nn", "record: ", "skip: ", "raise: "):
         assert said in " ".join(out.split())
     assert "\n  gradlab train --model-name mlp" in out  # an example, on a line of its own
+    for example in re.findall(r"\n  (gradlab train (?:.|\\\n)*)", out):
+        assert "--logdir runs/log" in example  # without it a resumption is not in the log
 
 
 def test_without_a_command_there_is_a_choice(capsys):

@@ -1,9 +1,11 @@
 """Checkpoints that a kill cannot halve and that say so when they were changed.
 
 A checkpoint is two files: arrays in the safetensors format, which holds numbers and no code, and a
-small JSON that names the arrays' file with its SHA-256.  The arrays are written first, the JSON
-last, each under another name that is replaced in one step when it is complete.  So a JSON under its
-own name always stands for a whole checkpoint.
+small JSON that names the arrays' file with its SHA-256, and ends with one over its own content.
+The arrays are written first, the JSON last, each under another name that is replaced in one step
+when it is complete.  So a JSON under its own name always stands for a whole checkpoint.
+
+The digests find accidents and edits.  Whoever can write both files can write digests that fit.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 import numpy as np
 
 FORMAT = "gradlab checkpoint 1"
+SEAL = "record_sha256"
+"""What the JSON's own digest is called in it."""
 _NAME = re.compile(r"checkpoint-(\d{6,})\.json")
 
 
@@ -33,7 +37,7 @@ class Checkpoint:
 
     Attributes:
         arrays: name to array.
-        record: whatever else the run needs, as JSON holds it.
+        record: whatever else the run needs, as JSON holds it, the format and the digests included.
         path: the JSON file that it came from.
     """
 
@@ -87,7 +91,8 @@ def save(folder: Path, number: int, arrays: Mapping[str, np.ndarray], record: Ma
         folder: an existing folder.
         number: names the checkpoint, for instance the epochs done.
         arrays: name to array; any shape, and a type that NumPy and safetensors share.
-        record: whatever else belongs to it; JSON must be able to hold it.
+        record: whatever else belongs to it; JSON must be able to hold it.  The names "format",
+            "arrays", "sha256" and `SEAL` are the file's own, and replaced.
 
     Returns:
         The path of its JSON file.
@@ -104,9 +109,21 @@ def save(folder: Path, number: int, arrays: Mapping[str, np.ndarray], record: Ma
         partial.write_bytes(content)
     path = folder / f"checkpoint-{number:06d}.json"
     head = {"format": FORMAT, "arrays": data.name, "sha256": _sha256(content)}
+    whole = json.loads(json.dumps(head | dict(record) | head))  # as `load` will see it
+    whole |= {SEAL: seal(whole)}
     with replacing(path) as partial:
-        partial.write_text(json.dumps(head | dict(record), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def seal(record: Mapping) -> str:
+    """The digest of a record: SHA-256 of its JSON with sorted names, without the digest itself.
+
+    Args:
+        record: as JSON gives it.
+    """
+    rest = {name: value for name, value in record.items() if name != SEAL}
+    return _sha256(json.dumps(rest, sort_keys=True).encode("utf-8"))
 
 
 def numbered(folder: Path) -> dict[int, Path]:
@@ -116,7 +133,7 @@ def numbered(folder: Path) -> dict[int, Path]:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, after holding its arrays against their digest.
+    """Read a checkpoint, after holding its record and its arrays against their digests.
 
     Args:
         path: its JSON file.
@@ -138,6 +155,11 @@ def load(path: str | Path) -> Checkpoint:
         raise BadCheckpoint(
             f"{path} is no checkpoint of gradlab: its 'format' should be {FORMAT!r}. "
             "Name a folder that `gradlab train` has written."
+        )
+    if record.get(SEAL) != seal(record):
+        raise BadCheckpoint(
+            f"{path} is not what was saved: its content does not fit its {SEAL}. It was edited or "
+            f"damaged, and is not loaded. {_earlier(path)}"
         )
     name = record.get("arrays")
     if not isinstance(name, str) or Path(name).name != name:

@@ -20,20 +20,22 @@ BLEW_UP, BAD_INPUT, NOT_SAVED, INTERRUPTED = 1, 2, 3, 130
 _EPILOG = """\
 In --save-path:
   checkpoint-N.safetensors  weights and optimiser after N epochs
-  checkpoint-N.json         its digest, the options and all losses
+  checkpoint-N.json         digests, the options, what --resume changed of them, and all losses
   history-N.npz             gradient norms of the last steps
 
 exit code:
   0    done
   1    the run blew up: a gradient was not finite, or an epoch's mean loss is ten times that of the
-       untrained network; the diagnosis is printed
+       untrained network, or weights are not finite after it, or all its steps were left out, or
+       some were and the validation loss is not finite; the diagnosis is printed
   2    bad input, and nothing was changed
   3    a checkpoint could not be written; the older ones are as they were
   130  interrupted
 
 examples:
   gradlab train --model-name mlp --lr 0.01 --save-path runs/first --logdir runs/log
-  gradlab train --model-name mlp --lr 0.01 --save-path runs/first --resume --num-epochs 20
+  gradlab train --model-name mlp --lr 0.01 --save-path runs/first --logdir runs/log \\
+                --num-epochs 20 --resume
   tensorboard --logdir runs/log        (from: pip install tensorboard)
   torchrun --nproc-per-node 2 -m gradlab train --save-path runs/two     (PyTorch, data-parallel)
 """
@@ -132,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     number("--seed", "of the weights and of the order of the samples")
     option(
         "--resume",
-        "go on from the newest checkpoint in --save-path, to the weights of an unbroken run",
+        "go on from the newest checkpoint in --save-path, to the weights of an unbroken run. Give "
+        "the options again; --lr, --lr-schedule and --clip-norm may be others, and are noted; "
+        "--num-epochs may, unless a schedule goes on that is laid over all epochs",
         action="store_true",
     )
     option(
@@ -141,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
     )
     option(
-        "--logdir", "write TensorBoard's events into this folder (default: none)", metavar="FOLDER"
+        "--logdir",
+        "write TensorBoard's events into this folder. It draws those of one folder as one run, so "
+        "give each its own; a folder that holds another's is remarked on (default: none)",
+        metavar="FOLDER",
     )
     option(
         "--on-nonfinite",

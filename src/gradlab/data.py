@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
@@ -59,6 +60,30 @@ class DataUnavailable(RuntimeError):
     """The data has to be downloaded and could not be."""
 
 
+class Standardization(NamedTuple):
+    """What shifts and scales each feature to mean 0 and standard deviation 1: (x - mean) * scale.
+
+    Attributes:
+        mean: (features,), float64.
+        scale: (features,), float64, one over the standard deviation; 0 for a feature without one.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, train: np.ndarray) -> Standardization:
+        """That of a training part, (samples, features); see `standardize`."""
+        # In float64: in float32 the mean of a constant misses it by a rounding error.
+        mean, std = train.mean(axis=0, dtype=float), train.std(axis=0, dtype=float)
+        varies = train.max(axis=0) > train.min(axis=0)
+        return cls(mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies))
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Samples (samples, features) so treated, float32."""
+        return ((x - self.mean) * self.scale).astype(np.float32)
+
+
 def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Shift and scale each feature to mean 0 and standard deviation 1 on the training part.
 
@@ -69,11 +94,7 @@ def standardize(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
         train: (samples, features), fixes the shift and the scale.
         others: arrays with as many features, transformed alike.
     """
-    # In float64: in float32 the mean of a constant misses it by a rounding error.
-    mean, std = train.mean(axis=0, dtype=float), train.std(axis=0, dtype=float)
-    varies = train.max(axis=0) > train.min(axis=0)
-    scale = np.divide(1.0, std, out=np.zeros_like(std), where=varies)
-    return tuple(((x - mean) * scale).astype(np.float32) for x in (train, *others))
+    return tuple(map(Standardization.of(train), (train, *others)))
 
 
 def digits(

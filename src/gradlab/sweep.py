@@ -54,7 +54,9 @@ class SweepResult:
         accuracy: share of the test examples (of the training examples when no test set is given)
             that the trained member classifies right, shape (members,); NaN for a failed member and
             for a regression.
-        train_accuracy: the same of the training examples.
+        train_accuracy: the same of the training examples, all of them, with the trained weights:
+            where there is a test set, one more pass over them at the end.  Its outputs are held
+            together, members × examples × outputs numbers.
         failed: whether the loss, a gradient or a weight stopped being finite, shape (members,).
         first_nonfinite: the first step at which that showed, shape (members,); -1 if never.
         weights: the trained weights, shaped like those given: one array (members, fan_in, fan_out)
@@ -274,6 +276,8 @@ def trainer(engine: Callable[[Problem], Measured], module: str) -> Train:
                 1 - dropout ("inverted dropout", as in both frameworks).  The masks come from
                 `dropout_draws`; the evaluation drops nothing.
             x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
+                The accuracy on all of `x` and `y` is measured in either case, after the last step;
+                a share of the members at a time keeps large layers out of memory.
             record_layers: whether to keep the gradient norm of each layer's output.
             record_updates: whether to keep the norms of updates and weights.
             progress: whether to show a progress bar over the steps.
@@ -535,6 +539,7 @@ def fitter(engine: Callable[[Problem], Measured], module: str) -> Fit:
             loss: "cross_entropy", "mse", or a function of outputs and targets, (members, batch, …)
                 each, that returns one loss per member, (members,).
             x_test, y_test: the examples that the accuracy is measured on; None takes `x` and `y`.
+                The accuracy on all of `x` and `y` is measured in either case, after the last step.
                 The evaluation takes 256 examples at a time, the first ones once more to fill up.
             record_arrays: whether to keep the gradient norm of each weight array.
             record_updates: whether to keep the norms of updates and weights.

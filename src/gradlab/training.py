@@ -187,8 +187,7 @@ class Problem:
 
     Attributes:
         train: the training samples, each feature with mean 0 and standard deviation 1.
-        mean: (features,), float64, of the training samples as they were given.
-        scale: (features,), float64, one over their standard deviation; x is (given − mean) · scale.
+        standard: what made them so of the training samples as they were given.
         validation: what is looked at after every epoch, shifted and scaled as `train`.
         test: what is looked at in the end, the same.
         spec: the network, a `convnet.ConvNetSpec` or an `mlp.MLPSpec`.
@@ -207,8 +206,7 @@ class Problem:
     rates: np.ndarray
     steps_per_epoch: int
     order: Callable[[int], np.ndarray]
-    mean: np.ndarray
-    scale: np.ndarray
+    standard: data.Standardization
     remarks: tuple[str, ...] = ()
 
 
@@ -382,13 +380,6 @@ def _sized(part: Part, size: float, name: str) -> Part:
     return Part(part.x[:wanted], part.y[:wanted])
 
 
-def _standard(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `data.standardize` subtracts from each feature, and multiplies it by, float64."""
-    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float)
-    varies = x.max(axis=0) > x.min(axis=0)
-    return mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies)
-
-
 def problem(options: Options) -> Problem:
     """Data, network, initial weights, order and rates of a run.
 
@@ -400,10 +391,8 @@ def problem(options: Options) -> Problem:
     train = _sized(train, options.train_load_size, "train_load_size")
     held = _sized(held, options.validation_load_size, "validation_load_size")
     test = _sized(test, options.test_load_size, "test_load_size")
-    mean, scale = _standard(train.x)
-    train, held, test = (
-        Part(((part.x - mean) * scale).astype(np.float32), part.y) for part in (train, held, test)
-    )
+    standard = data.Standardization.of(train.x)
+    train, held, test = (Part(standard(part.x), part.y) for part in (train, held, test))
     features = train.x.shape[1]
     if options.model_name == "nn":
         spec: convnet.ConvNetSpec | mlp.MLPSpec = convnet.ConvNetSpec(features, classes)
@@ -427,8 +416,7 @@ def problem(options: Options) -> Problem:
         learning_rates(options, steps_per_epoch * options.num_epochs),
         steps_per_epoch,
         lambda epoch: np.random.default_rng([options.seed, epoch]).permutation(n),
-        mean,
-        scale,
+        standard,
         remarks,
     )
 
@@ -484,6 +472,19 @@ class Epoch(NamedTuple):
     validation_accuracy: float
 
 
+class Change(NamedTuple):
+    """What a resumption changed: after so many epochs, which option, from what to what."""
+
+    epochs_done: int
+    option: str
+    before: object
+    now: object
+
+    def __str__(self) -> str:
+        after = _several(self.epochs_done, "epoch")
+        return f"after {after}, {_flag(self.option)} from {self.before!r} to {self.now!r}"
+
+
 class BlownUp(RuntimeError):
     """The run ended because its numbers are no longer finite, or its loss grew out of hand."""
 
@@ -525,10 +526,18 @@ class Place:
 
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, Path(options.save_path)
-        self.changed: list[str] = []  # what differs from the run that is resumed
+        self.changes: list[Change] = []  # at all resumptions, this one's last
+        self.remarks: list[str] = []  # what is allowed, and seldom meant
         _check_folder("--save-path", self.folder)
         if options.logdir is not None:
-            _check_folder("--logdir", Path(options.logdir))
+            log = Path(options.logdir)
+            _check_folder("--logdir", log)
+            if not options.resume and any(log.glob("events.out.tfevents.*")):
+                self.remarks.append(
+                    f"--logdir {log} already holds the events of a run, and TensorBoard draws all "
+                    f"that are in one folder as one run. A folder for each, such as "
+                    f"{log / self.folder.name}, keeps them apart."
+                )
         self.there = checkpoint.numbered(self.folder)
         self.resumed: checkpoint.Checkpoint | None = None
         if options.resume:
@@ -612,29 +621,37 @@ class Place:
         before, now = record.get("options"), asdict(self.options)
         if not isinstance(before, dict) or not isinstance(record.get("epochs_done"), int):
             raise checkpoint.BadCheckpoint(f"{path} does not say what run it belongs to: --reset")
-        changes = {
+        different = {
             f.name: f"{_flag(f.name)} was {before.get(f.name)!r} and is {now[f.name]!r}"
             for f in fields(Options)
             if f.name not in _FREE and before.get(f.name) != now[f.name]
         }
-        self.changed = [changes.pop(name) for name in sorted(_CURES & set(changes))]
-        different = list(changes.values())
         done, wanted = record["epochs_done"], self.options.num_epochs
-        scheduled = self.options.lr_schedule != "constant" and not self.changed
-        if before.get("num_epochs") != wanted and scheduled:
-            different.append(
-                f"--num-epochs was {before.get('num_epochs')} and is {wanted}, which changes the "
-                f"rates of --lr-schedule {self.options.lr_schedule} (with another --lr or "
-                "--lr-schedule beside it, they may change)"
-            )
+        try:
+            self.changes = [Change(**change) for change in record.get("changes", [])]
+        except TypeError as error:
+            raise checkpoint.BadCheckpoint(f"{path} holds no list of changes: {error}") from None
+        noted = _CURES & set(different)
+        different = {name: how for name, how in different.items() if name not in noted}
+        if "lr_schedule" in noted and before.get("num_epochs") != wanted:
+            noted |= {"num_epochs"}  # which a schedule is laid over
+        self.changes += [Change(done, name, before.get(name), now[name]) for name in sorted(noted)]
         if different:
             raise BadOption(
-                f"--resume: {path} belongs to another run: {'; '.join(different)}. Repeat its "
-                "options, or give another --save-path"
+                f"--resume: {path} belongs to another run: {'; '.join(different.values())}. Repeat "
+                "its options, or give another --save-path"
             )
         if done > wanted:
             raise BadOption(
                 f"--resume: {path} has {done} epochs behind it, --num-epochs asks for {wanted}"
+            )
+        schedule, epochs = self.options.lr_schedule, before.get("num_epochs")
+        if epochs != wanted and schedule == before.get("lr_schedule") != "constant":
+            raise BadOption(
+                f"--resume: --num-epochs was {epochs} and is {wanted}, and --lr-schedule "
+                f"{schedule} is laid over all epochs: the rates would be those of neither. Repeat "
+                f"--num-epochs {epochs}, or go on with --lr-schedule constant and an --lr of your "
+                "choice"
             )
 
     def tidy(self) -> int:
@@ -696,7 +713,7 @@ def run(options: Options, say: Callable[[str], object] = _say) -> list[Epoch]:
         trainer: Trainer = trainer_class(options, task)
         speaks = trainer.rank == 0
         going = _Run(options, task, place, trainer, say if speaks else _say_nothing)
-        with _log(options.logdir if speaks else None) as log:
+        with _log(options.logdir if speaks else None, going.first * task.steps_per_epoch) as log:
             return going.finish(log)
 
 
@@ -739,11 +756,11 @@ class _Run:
         self.good, self.good_epochs = trainer.state(), self.first
         place.room(self.good[0])
 
-    def finish(self, log: Callable[[Epoch, GradientHistory, int], None]) -> list[Epoch]:
+    def finish(self, log: Callable[[Epoch, GradientHistory], None]) -> list[Epoch]:
         """Train the epochs that are left.
 
         Args:
-            log: gets each epoch, what the probe holds after it, and the steps before the probe's.
+            log: gets each epoch, and what the probe holds after it.
         """
         from tqdm import tqdm
 
@@ -759,10 +776,10 @@ class _Run:
             f"{_several(task.steps_per_epoch, 'step')} an epoch, {options.num_epochs - self.first} "
             f"of {_several(options.num_epochs, 'epoch')} to go"
         )
-        for remark in task.remarks:
+        for remark in (*task.remarks, *self.place.remarks):
             self.say(remark)
-        if self.place.changed:
-            self.say(f"Not as before the resumption: {'; '.join(self.place.changed)}.")
+        if self.place.changes:
+            self.say(f"Changed on the way: {'; '.join(map(str, self.place.changes))}.")
         if self.first < options.num_epochs:
             with tqdm(
                 total=len(task.rates),
@@ -770,20 +787,20 @@ class _Run:
                 unit="step",
                 disable=None if self.speaks else True,  # None: where nobody sees it
             ) as self.bar:
-                self.steps, self.spoke = task.steps_per_epoch * self.first, time.monotonic()
+                self.steps, self.spoke = 0, time.monotonic()  # since the resumption
                 try:
                     trainer.fit(self.first, options.num_epochs, self._after_step, self._after_epoch)
                 except FloatingPointError as error:  # the probe's, on either side
                     self.bar.close()
-                    steps = task.steps_per_epoch
-                    at = divmod(self.first * steps + getattr(error, "step", 0), steps)
-                    self._explain(str(error), self._rows(*at))
+                    step = getattr(error, "step", 0)
+                    what = str(error).removeprefix(f"step {step}: ")
+                    self._explain(f"{self._named(step)}: {what}", self._rows(*self._at(step)))
             bad = trainer.history.first_nonfinite
             if bad:
                 self.say(
-                    f"The gradient of {bad.name} was not finite at step {bad.step}. Of the last "
-                    f"{len(trainer.history.steps)} steps, {trainer.history.skipped.sum()} were "
-                    "left out."
+                    f"The gradient of {bad.name} was not finite at {self._named(bad.step)}. Of "
+                    f"the last {len(trainer.history.steps)} steps, "
+                    f"{trainer.history.skipped.sum()} were left out."
                 )
         if self.speaks:  # what an earlier attempt left would mislead now
             (self.place.folder / AT_THE_END).unlink(missing_ok=True)
@@ -791,13 +808,23 @@ class _Run:
         self.say(f"test loss {loss:.4g}, test accuracy {accuracy:.1%}. {self._left()}")
         return self.epochs
 
+    def _at(self, step: int) -> tuple[int, int]:
+        """The epoch, and the step of it, of a step as the probe counts: from 0, as these are, and
+        from the resumption.
+        """
+        return divmod(self.first * self.task.steps_per_epoch + step, self.task.steps_per_epoch)
+
+    def _named(self, step: int) -> str:
+        """The same in words, from 1, as in the report and in TensorBoard."""
+        epoch, step_of_it = self._at(step)
+        return f"epoch {epoch + 1}, step {step_of_it + 1} of {self.task.steps_per_epoch}"
+
     def _after_step(self) -> None:
         """Show how far it is: on a terminal a bar does, elsewhere a line now and then."""
         self.steps += 1
         self.bar.update()
         if self.bar.disable and time.monotonic() - self.spoke >= SPEAK_EVERY:
-            epoch, step = divmod(self.steps - 1, self.task.steps_per_epoch)
-            self.say(f"epoch {epoch + 1}: step {step + 1} of {self.task.steps_per_epoch}")
+            self.say(self._named(self.steps - 1))
             self.spoke = time.monotonic()
 
     def _after_epoch(self, number: int, loss: float) -> None:
@@ -812,7 +839,7 @@ class _Run:
             f"validation accuracy {epoch.validation_accuracy:.1%}"
         )
         self.spoke = time.monotonic()
-        self.log(epoch, history, self.first * task.steps_per_epoch)
+        self.log(epoch, history)
         arrays, numbers = self.trainer.state()
         self._check(done, loss, arrays, history)
         self.good, self.good_epochs = (arrays, numbers), done
@@ -826,7 +853,7 @@ class _Run:
         lost = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         if lost:
             bad = history.first_nonfinite
-            since = f", since step {bad.step} ({bad.name})" if bad else ""
+            since = f", since {self._named(bad.step)} ({bad.name})" if bad else ""
             self._explain(f"{len(lost)} arrays are no longer finite, {lost[0]} first{since}.")
         if history.skipped[-self.task.steps_per_epoch :].all():
             self._explain(
@@ -906,12 +933,13 @@ class _Run:
             "options": asdict(self.options),
             "epochs_done": done,
             "start_loss": self.start_loss,
+            "changes": [change._asdict() for change in self.place.changes],
             "epochs": [epoch._asdict() for epoch in self.epochs],
             "trainer": numbers,
         }
         try:
             history.save(self.place.folder / f"history-{done:06d}.npz")
-            given = {"input.mean": self.task.mean, "input.scale": self.task.scale}
+            given = {f"input.{k}": v for k, v in self.task.standard._asdict().items()}
             checkpoint.save(self.place.folder, done, arrays | given, record)
         except OSError as error:
             raise NotSaved(
@@ -921,28 +949,40 @@ class _Run:
 
 
 @contextmanager
-def _log(logdir: str | None) -> Iterator[Callable[[Epoch, GradientHistory, int], None]]:
-    """Write TensorBoard's events, or nothing without a folder for them."""
+def _log(logdir: str | None, before: int) -> Iterator[Callable[[Epoch, GradientHistory], None]]:
+    """Write TensorBoard's events, or nothing without a folder for them.
+
+    Args:
+        logdir: the folder.
+        before: steps before those that the probe counts.  What the folder tells of later ones is of
+            a run that went on from there too, and is not drawn any more.
+    """
     if logdir is None:
-        yield lambda epoch, history, offset: None
+        yield lambda epoch, history: None
         return
     from tensorboardX import SummaryWriter
 
     try:
-        writer = SummaryWriter(logdir)
+        writer = SummaryWriter(
+            logdir,
+            purge_step=before + 1 if before else None,
+            # By itself it names a file by the second, and overwrites that of a run as old.
+            filename_suffix=f".{time.time_ns()}",
+        )
     except OSError as error:
         raise _unwritable("--logdir", Path(logdir), error) from None
     written = -1
 
-    def log(epoch: Epoch, history: GradientHistory, offset: int) -> None:
+    def log(epoch: Epoch, history: GradientHistory) -> None:
         nonlocal written
         for step, total, norms in zip(history.steps, history.total, history.norms, strict=True):
             if step > written and step % LOG_EVERY == 0:
-                writer.add_scalar("grad_norm/total", total, offset + step)
+                number = before + step + 1  # so that an epoch's last step has the epoch's place
+                writer.add_scalar("grad_norm/total", total, number)
                 for name, norm in zip(history.names, norms, strict=True):
-                    writer.add_scalar(f"grad_norm/{name}", norm, offset + step)
+                    writer.add_scalar(f"grad_norm/{name}", norm, number)
         written = history.steps[-1]
-        last = offset + written + 1
+        last = before + written + 1
         for name, value in epoch._asdict().items():
             if name != "epoch":
                 writer.add_scalar(name.replace("_", "/"), value, last)
