@@ -28,7 +28,9 @@ from gradlab.measurements import (
     Trial,
     chain_growth,
     source_line,
+    which_matter,
 )
+from gradlab.remedies import REMEDIES
 
 HEALTHY = Measurements(
     "PyTorch", "float32", 1.0, gradients=(("a.weight", 0.3), ("a.bias", 0.4)),
@@ -282,6 +284,63 @@ def test_underflow_and_a_norm_that_overflows():
     assert judge(replace(HEALTHY, float64=lost)).kind == "precision"
     large = replace(HEALTHY, gradients=(("a", 1e21), ("b", 2e21)), norm_overflows=True)
     assert (judge(large).kind, judge(large).where) == ("precision", "b")
+    # In float16 the square of 300 overflows, and a scaled gradient of 300 is sound.
+    scaled = replace(HEALTHY, dtype="float16", gradients=(("a", 300.0),), norm_overflows=True)
+    assert judge(scaled).kind == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("event", "model", "remedy"),
+    [("float32", "float32", "too large"), ("float16", "float32", "overflow"),
+     ("float32", "float16", "too large"), ("", "bfloat16", "overflow"),
+     ("", "float32", "too large")],
+)  # fmt: skip
+def test_float32_is_no_remedy_for_what_overflows_float32(event, model, remedy):
+    bad = Event(HERE, "forward", "inf", in_float64=True, dtype=event)
+    m = replace(
+        HEALTHY, dtype=model, loss=math.nan, gradients=(), forward=bad, float64=Float64(1, 1, True)
+    )
+    found = judge(m).findings[0]
+    assert (found.kind, found.remedy) == ("precision", REMEDIES[remedy].text)
+    assert f"{event or model} is too small" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("rate", "difference", "first"),
+    [(10.0, 0.2, "divergence"), (1.0, 0.2, "precision"), (10.0, 0.9, "precision")],
+)
+def test_a_step_far_too_long_comes_before_lost_digits(rate, difference, first):
+    m = stepping(rate, losses=(1.0, 5.0, 50.0))
+    m = replace(m, float64=Float64(1.0, 0.5, True, difference=difference))
+    assert judge(m).kind == first
+    assert sorted(kinds(m)) == ["divergence", "precision"]
+
+
+LARGE = (facts("a", largest=1e20), facts("b", "parameter", largest=1e20), facts("c"))
+
+
+@pytest.mark.parametrize(
+    ("needed", "guilty"),
+    [([{"a"}], "a"), ([{"a"}, {"b"}], "ab"), ([{"a", "b"}], "ab"), ([{"c"}], "")],
+)
+def test_large_numbers_are_tried_alone_and_then_together(needed, guilty):
+    tried = []
+
+    def helps(names: set[str]) -> bool:
+        tried.append(names)
+        return any(names >= some for some in needed)
+
+    found = which_matter(LARGE, LARGE[:2], helps)
+    assert "".join(f.name for f in found[:2] if f.matters) == guilty
+    assert found[2] == LARGE[2]
+    assert ({"a", "b"} in tried) == (guilty == "" or needed == [{"a", "b"}])
+
+
+def test_many_large_tensors_are_only_tried_together():
+    many, tried = [facts(name, largest=1e20) for name in "abcde"], []
+    found = which_matter(many, many, lambda names: bool(tried.append(names)) or len(names) == 5)
+    assert tried == [set("abcde")]
+    assert all(f.matters for f in found)
 
 
 # -- step size ---------------------------------------------------------------------------------

@@ -49,8 +49,12 @@ NEAR_POLE = 1e-2
 """An input at most this large counts as next to 0, where it was not tried to move it."""
 VANISHED = 1e-6
 """Signal at the first layers, relative to the last one, below which they do not learn."""
-DIFFERENT = {"float16": 0.5, "bfloat16": 0.5}
+NARROW = ("float16", "bfloat16")
+"""The formats of 16 bits."""
+DIFFERENT = dict.fromkeys(NARROW, 0.5)
 """‖g − g₆₄‖/‖g₆₄‖ beyond which the format spoils the gradient; 0.1 for any other format."""
+FAR_ABOVE = 10.0
+"""Learning rate, in stability limits, beyond which the step is to blame and not lost digits."""
 TRIAL_STEPS, LONG_TRIAL, SURE_AFTER = 10, 30, 4
 """Steps of the optimiser that are tried; the same above the stability limit, where the steep
 direction may hold little at first; and after how many a loss that only falls is believed."""
@@ -155,8 +159,7 @@ def judge(measurements: Measurements) -> Diagnosis:
         # Weights that an earlier step has ruined: all else may follow from them.
         found = [finding for finding in found if finding.kind == "singularity"]
     found += inputs
-    order = list(KINDS)
-    found.sort(key=lambda finding: order.index(finding.kind))
+    found.sort(key=lambda finding: _rank(m, finding))
     first = found[0] if found else None
     return Diagnosis(
         kind=first.kind if first else "healthy",
@@ -166,6 +169,20 @@ def judge(measurements: Measurements) -> Diagnosis:
         notes=m.notes,
         measurements=m,
     )
+
+
+def _rank(m: Measurements, finding: Finding) -> float:
+    """Place in the list; kinds stand in the order of `KINDS`.
+
+    But digits that are lost while the gradient still points downhill do not explain a step that is
+    far too long: there the divergence comes first.
+    """
+    order, limit = list(KINDS), highest_rate(m.optimizer, m.curvature)
+    far = limit is not None and m.optimizer.learning_rate > FAR_ABOVE * limit
+    lost = finding.kind == "precision" and finding.remedy == REMEDIES["cancellation"].text
+    if far and lost and (m.float64.difference or 0) < DIFFERENT["float16"]:
+        return order.index("divergence") + 0.5
+    return order.index(finding.kind)
 
 
 def _finding(kind: str, where: str, evidence: str, remedy: str, source: str = "") -> Finding:
@@ -362,7 +379,7 @@ def _events(m: Measurements) -> Iterator[Finding]:
         if m.raised is None and not finite_step(m) and m.origin is None and not _bad_before(m):
             bad = next((n for n, norm in m.gradients if not math.isfinite(norm)), "loss")
             fits = m.float64 is not None and m.float64.finite
-            kind, remedy = ("precision", "overflow") if fits else ("singularity", "pole")
+            kind, remedy = ("precision", _overflow(m.dtype)) if fits else ("singularity", "pole")
             evidence = f"The first gradient that is inf or NaN is that of {bad}. "
             evidence += "The operation that made it could not be found. "
             yield _finding(kind, bad, evidence + _cure(m), remedy)
@@ -382,9 +399,15 @@ def _events(m: Measurements) -> Iterator[Finding]:
             evidence += "In float64 the whole step is finite: something small became 0 on its way."
         yield _finding("singularity", where, evidence.strip(), "pole", source)
     elif not _explodes(m):
-        evidence += f"On the same inputs in float64 it is finite: {m.dtype} is too small for the "
+        dtype = event.dtype or m.dtype
+        evidence += f"On the same inputs in float64 it is finite: {dtype} is too small for the "
         evidence += "result. "
-        yield _finding("precision", where, evidence + _cure(m), "overflow", source)
+        yield _finding("precision", where, evidence + _cure(m), _overflow(dtype), source)
+
+
+def _overflow(dtype: str) -> str:
+    """The remedy: float32 is one for a format of 16 bits only."""
+    return "overflow" if dtype in NARROW else "too large"
 
 
 def _undefined(m: Measurements, event: Event) -> bool:
@@ -482,13 +505,14 @@ def _jumps(m: Measurements) -> Iterator[Finding]:
 
 
 def _format(m: Measurements) -> Iterator[Finding]:
-    if m.norm_overflows:
+    # Squares leave float16 at 256, which a scaled loss exceeds in good health.
+    if m.norm_overflows and total_norm(m) > LARGE_GRADIENT:
         largest = max(m.gradients, key=lambda pair: pair[1])
         yield _finding(
             "precision",
             largest[0],
             f"All gradients are finite, the largest norm being {_number(largest[1])}, but the norm "
-            f"over them overflows {m.dtype}.",
+            "over them overflows their number format.",
             "norm",
         )
     wide = m.float64

@@ -8,8 +8,8 @@ the gradient of the loss with respect to the output of an operation: what backpr
 from __future__ import annotations
 
 import linecache
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -57,7 +57,8 @@ class TensorFacts:
         highest: the largest finite value.
         integer: whether it holds integers (labels, tokens).
         matters: for large numbers, whether the step becomes finite or its gradient falls a
-            thousandfold once they are scaled down to 1; True if that was not tried.
+            thousandfold once they are scaled down to 1, alone or, where no tensor does it alone,
+            all large ones together; True if that was not tried.
     """
 
     name: str
@@ -69,6 +70,38 @@ class TensorFacts:
     highest: float = 0.0
     integer: bool = False
     matters: bool = True
+
+
+ALONE = 4
+"""Tensors with large numbers that are tried one at a time; more are only tried together."""
+
+
+def which_matter(
+    tensors: Sequence[TensorFacts],
+    large: Sequence[TensorFacts],
+    helps: Callable[[set[str]], bool],
+) -> tuple[TensorFacts, ...]:
+    """Of the tensors with large numbers, those to which the step owes its trouble.
+
+    Two tensors of 1e20 overflow whichever of them is scaled down, so no one alone would matter.
+
+    Args:
+        tensors: all of them.
+        large: those of them to try.
+        helps: runs the step with the named tensors scaled down to 1; whether that mended it.
+
+    Returns:
+        All of them, with `matters` filled in.
+    """
+    few = list(large) if len(large) <= ALONE else []
+    guilty = {facts.name for facts in few if helps({facts.name})}
+    together = {facts.name for facts in large}
+    if not guilty and len(together) > 1 and helps(together):
+        guilty = together
+    return tuple(
+        replace(facts, matters=facts.name in guilty) if facts.name in together else facts
+        for facts in tensors
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +138,7 @@ class Event:
         in_float64: whether the same operation on the same inputs is finite in float64; None if
             that could not be tried.
         inputs: the operation's inputs in words, "float32 (64, 10), 0 to 3.2".
+        dtype: number format of its result; "" if not known.
     """
 
     place: Place
@@ -113,6 +147,7 @@ class Event:
     masked: bool = False
     in_float64: bool | None = None
     inputs: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -291,7 +326,8 @@ class Measurements:
 
     Attributes:
         framework: "PyTorch" or "Keras".
-        dtype: the parameters' number format, "float32".
+        dtype: the narrowest number format that the step computes in, "bfloat16" under autocast or
+            mixed precision; the parameters' own without either.
         loss: its value; NaN if the step raised.
         gradients: (name, norm) of every trainable parameter that got a gradient, in the model's
             order; the norm is inf or NaN only where the gradient holds one.

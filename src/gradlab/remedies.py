@@ -84,6 +84,13 @@ REMEDIES = {
         "is the gradient that does not fit.",
         "What can a number format hold?",
     ),
+    "too large": Remedy(
+        "The result is larger than float32's largest number, 3.4e38, though float64 could hold it. "
+        "A wider format would only move the limit: find what made the inputs named here that "
+        "large, and scale it before you multiply, not after. If the optimiser has stepped already, "
+        "ask the freshly built model or an earlier checkpoint as well.",
+        "What can a number format hold?",
+    ),
     "norm": Remedy(
         "Every gradient is a number, only their norm is not, so clipping by norm sets them to 0 or "
         "NaN without a word. Clip with the probe's clip_, which scales before it squares, and ask "

@@ -358,6 +358,14 @@ def two_layers(rate: float, scale: float = 1.0, n: int = 32) -> Step:
     return Step(model, cross_entropy, (normal(n, 8), labels(n, 3)), sgd(rate))
 
 
+def swollen(factor: float) -> Step:
+    """All weights times a factor: whichever single one were mended, the step would overflow."""
+    step = regression(1e-3, 1.0)
+    for variable in step.model.trainable_variables:
+        variable.assign(factor * variable.value)
+    return step
+
+
 def regression(rate: float, scale: float) -> Step:
     model = net(dense(32, "first", activation="relu"), dense(1, "last"))
     x = normal(32, 8)
@@ -601,6 +609,14 @@ CASES = [
         "precision",
         (),
         lambda: loss_scale(1.0),
+    ),
+    Case(
+        "several weights that earlier steps ruined",
+        lambda: swollen(1e20),
+        not_finite_loss,
+        "bad input",
+        (),
+        lambda: swollen(1.0),
     ),
     Case(
         "19: float16, 300²",
@@ -888,6 +904,28 @@ def mixed() -> Step:
     return Step(model, cross_entropy, (normal(32, 8), labels(32, 3)), optimizer)
 
 
+def autocast(depth: int) -> Step:
+    """Layers in bfloat16, weights in float32."""
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    hidden = [
+        dense(64, activation="relu", kernel_initializer="he_normal", dtype=policy)
+        for _ in range(depth)
+    ]
+    model = net(*hidden, dense(3))
+    return Step(model, cross_entropy, (normal(32, 8), labels(32, 3)), sgd(1e-3))
+
+
+def scaled_in_half() -> Step:
+    """A gradient in float16, scaled up for the backward pass: its norm squared exceeds 65504."""
+    model = net(dense(32, activation="relu", dtype="float16"), dense(3, dtype="float16"))
+
+    def loss_fn(model: keras.Model, batch: Any) -> tf.Tensor:
+        return 1024 * cross_entropy(model, batch)
+
+    batch = normal(32, 8).astype("float16"), labels(32, 3)
+    return Step(model, loss_fn, batch, keras.optimizers.SGD(1e-6))
+
+
 def convolution_1d() -> Step:
     model = keras.Sequential(
         [
@@ -924,6 +962,9 @@ HEALTHY = {
     "layer norm": layer_norm,
     "low-rank branch at 0": low_rank,
     "mixed precision": mixed,
+    "mixed bfloat16, 10 layers": lambda: autocast(10),
+    "mixed bfloat16, 30 layers": lambda: autocast(30),
+    "a scaled loss in float16": scaled_in_half,
     "1-d convolutions": convolution_1d,
     "sqrt of 0 in a branch not taken": lambda: branch(sqrt_branch),  # NaN in PyTorch
     "cross-entropy from logits of 200": lambda: confident(from_logits, 20.0),

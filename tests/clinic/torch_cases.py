@@ -473,6 +473,14 @@ CASES = [
         lambda: large_finite_gradient(1e-2),
     ),
     Case(
+        "several weights that earlier steps ruined",
+        lambda: swollen(1e20),
+        "bad input",
+        ("0.weight", "0.bias", "2.weight", "2.bias"),
+        bad_loss,
+        lambda: swollen(1.0),
+    ),
+    Case(
         "19 a square in half precision",
         half(torch.square, ones(2, 4, 300.0)),
         "precision",
@@ -788,6 +796,38 @@ def spectral() -> Step:
     return step(model, cross_entropy, digits(), 0.05)
 
 
+def swollen(factor: float) -> Step:
+    """All weights times a factor: whichever single one were mended, the step would overflow."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= factor
+    x, y = digits()
+    return step(model, squared_error, (x, y.float()), 1e-3)
+
+
+def autocast(depth: int) -> Step:
+    """Layers in bfloat16, weights in float32."""
+
+    def loss_fn(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model(batch[0])
+        return F.cross_entropy(z.float(), batch[1])
+
+    return step(deep(1.0, depth, 128), loss_fn, digits(), 1e-3)
+
+
+def scaled_in_half() -> Step:
+    """A gradient in float16, scaled up for the backward pass: its norm squared exceeds 65504."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).half()
+    x, y = digits()
+
+    def loss_fn(model, batch):
+        return 1024 * F.cross_entropy(model(batch[0]).float(), batch[1])
+
+    return step(model, loss_fn, (x.half(), y), 1e-6)
+
+
 def regression(target: float, lr: float) -> Step:
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 1))
     x, y = digits()
@@ -844,6 +884,9 @@ CONTROLS: dict[str, Callable[[], Step]] = {
         0.01,
     ),
     "residual batch-norm net": conv_net,
+    "bfloat16 autocast, 10 layers": lambda: autocast(10),
+    "bfloat16 autocast, 30 layers": lambda: autocast(30),
+    "a scaled loss in float16": scaled_in_half,
     "deep He ReLU net": lambda: step(deep(1.0, 30, 128), cross_entropy, digits(), 1e-3),
     "deep tanh net": lambda: step(
         deep(2**-0.5, 20, 128, activation=nn.Tanh), cross_entropy, digits(), 1e-2

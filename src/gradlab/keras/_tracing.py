@@ -368,7 +368,13 @@ class Trace:
             masked=masked,
             in_float64=cured,
             inputs="; ".join(map(_in_words, inputs)),
+            dtype=next((t.dtype.name for t in op.outputs if _floating(t)), ""),
         )
+
+    def narrowest(self) -> str:
+        """The 16-bit format that the step computes in; "" if none."""
+        formats = {t.dtype.name for op in self.ops for t in op.outputs if _floating(t)}
+        return next((name for name in ("float16", "bfloat16") if name in formats), "")
 
     # -- weights and gains ---------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import keras
@@ -27,6 +26,7 @@ from gradlab.measurements import (
     OptimizerFacts,
     Raised,
     TensorFacts,
+    which_matter,
 )
 
 _NARROW = (tf.float32, tf.float16, tf.bfloat16)
@@ -123,6 +123,7 @@ def _measure(
             raised = _raised(trace, error, batch)
             return Measurements(**result, raised=raised, notes=tuple(notes))
         trace.loss = _scalar(trace.loss)
+        result["dtype"] = trace.narrowest() or result["dtype"]
         trace.random |= drawn != _random_states()
         result["loss"] = float(trace.loss)
         if not math.isfinite(result["loss"]):
@@ -294,34 +295,27 @@ def _which_matter(
     total = math.hypot(*(size for _, size in result["gradients"]))
     bad = not (math.isfinite(total) and math.isfinite(result["loss"]))
     own = {v.path: v for v in model.variables}
-    tried, left = [], 4
-    for facts in result["tensors"]:
-        large = facts.largest >= OUT_OF_RANGE and not facts.integer
-        if not large or left == 0:
-            tried.append(facts)
-            continue
+    large = [f for f in result["tensors"] if f.largest >= OUT_OF_RANGE and not f.integer]
+
+    def helps(names: set[str]) -> bool:
         if not bad and total <= LARGE_GRADIENT:
-            tried.append(replace(facts, matters=False))
-            continue
-        left -= 1
+            return False
         start_over()
-        leaves = keras.tree.flatten_with_path(batch)
-        if facts.role == "batch":
-            leaves = [
-                (path, leaf / facts.largest if _batch_name(path) == facts.name else leaf)
-                for path, leaf in leaves
-            ]
-        else:
-            own[facts.name].assign(own[facts.name].value / facts.largest)
-        scaled = keras.tree.pack_sequence_as(batch, [leaf for _, leaf in leaves])
+        sizes = {facts.name: facts.largest for facts in large if facts.name in names}
+        leaves = [
+            leaf / sizes[name] if (name := _batch_name(path)) in sizes else leaf
+            for path, leaf in keras.tree.flatten_with_path(batch)
+        ]
+        for name in sizes.keys() & own.keys():
+            own[name].assign(own[name].value / sizes[name])
         with tf.GradientTape() as tape:
-            loss = _scalar(loss_fn(model, scaled))
+            loss = _scalar(loss_fn(model, keras.tree.pack_sequence_as(batch, leaves)))
         weights = [v.value for v in model.trainable_variables]
         slopes = [g for g in tape.gradient(loss, weights) if g is not None]
         now = math.hypot(*(norm(g) for g in slopes)) if np.isfinite(float(loss)) else math.nan
-        matters = math.isfinite(now) and (bad or now < total / 1000)
-        tried.append(replace(facts, matters=matters))
-    return tuple(tried)
+        return math.isfinite(now) and (bad or now < total / 1000)
+
+    return which_matter(result["tensors"], large, helps)
 
 
 def _raised(trace: Trace, error: Exception, batch: Any) -> Raised:

@@ -437,7 +437,16 @@ class Trace(TorchFunctionMode):
             masked=masked,
             in_float64=self._finite_in_float64(index, phase),
             inputs=" and ".join(described),
+            dtype=str(call.outputs[0].dtype).removeprefix("torch."),
         )
+
+    def narrowest(self) -> str:
+        """The 16-bit format that a part of the step with a gradient computes in; "" if none."""
+        formats = {
+            tensor.dtype for call in self.calls for tensor in call.outputs if tensor.requires_grad
+        }
+        narrow = next((f for f in (torch.float16, torch.bfloat16) if f in formats), None)
+        return str(narrow).removeprefix("torch.") if narrow else ""
 
     def jump(self, weights: set[int]) -> Jump | None:
         """The operation without a weight that multiplied the signal most.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from gradlab.measurements import (
     Raised,
     TensorFacts,
     Trial,
+    which_matter,
 )
 from gradlab.torch._curvature import flat, hessian_product
 from gradlab.torch._float64 import float64
@@ -137,10 +137,8 @@ def diagnose(
             )
         if finite and optimizer is not None:
             found |= _step_size(step, optimizer, measure, notes, start_over)
-        found.setdefault("loss", math.nan)
-    return diagnosis.judge(
-        Measurements(framework="PyTorch", dtype=_dtype(model), notes=tuple(notes), **found)
-    )
+        found = {"loss": math.nan, "dtype": _dtype(model)} | found
+    return diagnosis.judge(Measurements(framework="PyTorch", notes=tuple(notes), **found))
 
 
 class _NotScalar(ValueError):
@@ -317,6 +315,7 @@ class _Step:
         norms = gradient_norms(g for _, g in named)
         found: dict[str, Any] = {
             "loss": loss.item(),
+            "dtype": trace.narrowest() or _dtype(self.model),
             "gradients": tuple(zip((n for n, _ in named), norms.tolist(), strict=True)),
             "layers": weights.uses(),
             "_gradients": grads,
@@ -362,33 +361,31 @@ class _Step:
         total = float(np.hypot.reduce([0.0, *(norm for _, norm in found["gradients"])]))
         bad = not (math.isfinite(total) and math.isfinite(found["loss"]))
         own = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
-        tried, left = [], 4
-        for facts in tensors:
-            large = facts.largest >= diagnosis.OUT_OF_RANGE and not facts.integer
-            if not large or left == 0:
-                tried.append(facts)
-                continue
+        large = [
+            facts
+            for facts in tensors
+            if facts.largest >= diagnosis.OUT_OF_RANGE and not facts.integer
+        ]
+
+        def helps(names: set[str]) -> bool:
             if not bad and total <= diagnosis.LARGE_GRADIENT:
-                tried.append(replace(facts, matters=False))
-                continue
-            left -= 1
+                return False
             start_over()
-            batch = self.batch
-            if facts.role != "batch":
-                own[facts.name].data /= facts.largest
-            else:
-                batch = pytree.tree_map_with_path(
-                    lambda path, leaf, name=facts.name, size=facts.largest: (
-                        leaf / size if f"batch{pytree.keystr(path)}" == name else leaf
-                    ),
-                    batch,
-                )
+            sizes = {facts.name: facts.largest for facts in large if facts.name in names}
+            batch = pytree.tree_map_with_path(
+                lambda path, leaf: (
+                    leaf / sizes[name] if (name := f"batch{pytree.keystr(path)}") in sizes else leaf
+                ),
+                self.batch,
+            )
+            for name in sizes.keys() & own.keys():
+                own[name].data /= sizes[name]
             loss = self.loss(batch)
             norms = gradient_norms(g for g in self.gradient(loss) if g is not None)
             now = float(total_norm(norms)) if math.isfinite(loss.item()) else math.nan
-            matters = math.isfinite(now) and (bad or now < total / 1000)
-            tried.append(replace(facts, matters=matters))
-        return tuple(tried)
+            return math.isfinite(now) and (bad or now < total / 1000)
+
+        return which_matter(tensors, large, helps)
 
     def in_float64(
         self, own: list[torch.Tensor | None] | None, start_over: Callable[[], None]
