@@ -50,11 +50,12 @@ def weights(seed=0):
     return [(rng.standard_normal((NETWORKS, *s)) * np.sqrt(2 / s[0])) for s in shapes]
 
 
-def treat(train, patients, remedies=TREATED, **settings):
+def treat(train, patients, remedies=TREATED, rows=None):
     x, y = task()
     return trials.treat(
-        train, patients, remedies, x[:80], y[:80], rows=minibatches(80, NETWORKS, STEPS, 5, 7),
-        x_test=x[HELD_OUT], y_test=y[HELD_OUT], seed=1, **settings,
+        train, patients, remedies, x[:80], y[:80],
+        rows=minibatches(80, NETWORKS, STEPS, 5, 7) if rows is None else rows,
+        x_test=x[HELD_OUT], y_test=y[HELD_OUT], seed=1,
     )  # fmt: skip
 
 
@@ -101,6 +102,20 @@ def test_the_second_patient_has_its_own_gain_and_rate(train):
             found[patient]["critical start"].grad_norm, found["two"]["nothing"].grad_norm, rtol=1e-4
         )
     assert not np.allclose(found["one"]["nothing"].grad_norm, found["two"]["nothing"].grad_norm)
+
+
+def test_a_patient_may_have_its_own_minibatches(train):
+    same = trials.Patient(weights(), gain=1.5, rate=RATE)
+    few, all_ = (minibatches(n, NETWORKS, STEPS, 5, 7) for n in (10, 80))
+    remedies = {name: TREATED[name] for name in ("nothing", "layer norm", "clip norm to 1")}
+    both = treat(train, {"few": same, "all": same}, remedies, rows={"few": few, "all": all_})
+    for patient, rows in (("few", few), ("all", all_)):
+        alone = treat(train, {patient: same}, remedies, rows=rows)[patient]
+        for remedy, trial in alone.items():
+            np.testing.assert_allclose(
+                both[patient][remedy].grad_norm, trial.grad_norm, rtol=1e-4, err_msg=remedy
+            )
+    assert not np.allclose(both["few"]["nothing"].grad_norm, both["all"]["nothing"].grad_norm)
 
 
 def test_the_groups_are_apart():

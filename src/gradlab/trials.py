@@ -179,7 +179,7 @@ def treat(
     x: np.ndarray,
     y: np.ndarray,
     *,
-    rows: np.ndarray,
+    rows: np.ndarray | Mapping[str, np.ndarray],
     x_test: np.ndarray,
     y_test: np.ndarray,
     seed: int = 0,
@@ -191,8 +191,9 @@ def treat(
         patients: by name, with as many networks each, and layers and activation alike.
         remedies: by name, with settings of `TRAINING`, `MODEL` or "wide".
         x, y: training inputs, shape (n, features), and classes, shape (n,).
-        rows: minibatches of one patient's networks, shape (steps, networks, batch), values in
-            [0, n); every patient and every remedy sees the same ones.
+        rows: minibatches of a patient's networks, shape (steps, networks, batch), values in
+            [0, n); one array for all patients, or one for each by name.  Every remedy sees the
+            same ones.
         x_test, y_test: the held-out examples.
         seed: of the dropout's masks.
 
@@ -215,6 +216,7 @@ def treat(
             f"sweep.train has no {sorted(unknown)}; a remedy may set {sorted(OF_TRAIN | {'wide'})}"
         )
     networks, layers = len(every[0].weights[0]), len(every[0].weights)
+    batches = [rows[p] if isinstance(rows, Mapping) else rows for p in patients]
     found: dict[str, dict[str, Trial]] = {patient: {} for patient in patients}
     for group in groups(remedies, "adam", "normalization", "skip", "wide"):
         first = remedies[group[0]]
@@ -224,11 +226,13 @@ def treat(
         gain = np.where(each(cases, "critical", networks, False), 1.0, gain)[:, None, None]
         starts = [np.concatenate([every[p].weights[n] for p in owner]) for n in range(layers)]
         dtype = "float64" if first.get("wide") else "float32"
+        told = how(cases, np.array([p.rate for p in every])[owner], batches[0])
+        told["rows"] = np.concatenate([batches[p] for p in owner], axis=1)
         run = train(
             [(start * gain).astype(dtype) for start in starts],
             x,
             y,
-            **how(cases, np.array([p.rate for p in every])[owner], rows),
+            **told,
             activation=every[0].activation,
             slope=each(cases, "slope", networks),
             dropout=each(cases, "dropout", networks),
