@@ -39,6 +39,7 @@ _MODULES = frozenset(
         "torch",
         "training",
         "transformer",
+        "trials",
         "updates",
     ]
 )
