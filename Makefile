@@ -33,11 +33,12 @@ test: $(STAMP)  ## unit tests, every notebook, the built book in a headless Chro
 lab: $(STAMP)  ## JupyterLab on the notebooks (LAB_ARGS=... adds options, as --allow-root)
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)
 
-check: $(STAMP)  ## style of code and notebooks, stripped outputs, spelling
+check: $(STAMP)  ## style of code and notebooks, stripped outputs, spelling, links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(STRIP) --verify notebooks/*.ipynb
 	$(BIN)/codespell
+	$(BIN)/python tools/links.py
 
 outputs: $(STAMP)  ## execute the notebooks and refresh the outputs that git keeps
 	@$(BIN)/python tools/build.py --execute

@@ -1,13 +1,21 @@
 """The files that describe the project agree with each other."""
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 
+import nbformat
+import pytest
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 
+import executed
 from fresh import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONDA = (ROOT / "environment.yml").read_text(encoding="utf-8")
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
 
 
@@ -36,14 +44,66 @@ def test_pins_name_no_local_version():
 
 
 def test_conda_environment_is_the_one_that_make_builds():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    *conda, by_pip = environment["dependencies"]
+    *conda, by_pip = yaml.safe_load(CONDA)["dependencies"]
     python = next(name for name in conda if name.startswith("python="))
     minimum = PROJECT["requires-python"].removeprefix(">=")
     assert python == f"python={minimum}"
     assert "--constraint constraints.txt" in by_pip["pip"]
     assert "--editable .[book]" in by_pip["pip"]
     assert "jupyterlab" in map(canonical, PROJECT["optional-dependencies"]["book"])
+
+
+def chapters() -> dict[str, set[str]]:
+    """A chapter's number, as 06b, to what its code imports: `gradlab`, `gradlab.torch`."""
+    found = {}
+    for path in executed.notebooks(ROOT):
+        cells = nbformat.read(path, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        source = TransformerManager().transform_cell(code)  # also of magics
+        names = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        shortened = {".".join(name.split(".")[:length]) for name in names for length in (1, 2)}
+        found[path.stem.split("_")[0]] = shortened
+    return found
+
+
+def test_binder_installs_whatever_a_chapter_imports():
+    """And not the tests' packages alone, which `make` installs too."""
+    *_, by_pip = yaml.safe_load(CONDA)["dependencies"]
+    assert [line for line in by_pip["pip"] if not line.startswith("--")] == []
+    extras = PROJECT["optional-dependencies"]
+    asked = [*PROJECT["dependencies"], *extras["torch"], *extras["tensorflow"], *extras["book"]]
+    installed = set(map(canonical, asked)) | {"gradlab"}
+    provided_by = packages_distributions()
+    for chapter, names in chapters().items():
+        for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names:
+            by = set(map(canonical, provided_by.get(name, [name])))
+            assert by & installed, f"chapter {chapter} imports {name}, which Binder lacks"
+
+
+@pytest.mark.parametrize(
+    ("package", "modules"),
+    [
+        ("PyTorch", {"torch", "gradlab.torch"}),
+        ("TensorFlow", {"tensorflow", "keras", "gradlab.keras"}),
+    ],
+)
+def test_the_conda_environment_says_which_chapters_need_a_framework(package, modules):
+    said = re.search(rf"# {package}: every chapter but ([\w, ]+)\.$", CONDA, re.MULTILINE).group(1)
+    without = {chapter for chapter, names in chapters().items() if not names & modules}
+    assert set(re.split(", | and ", said)) == without
+
+
+def test_the_index_of_pytorch_for_the_cpu_has_one_address():
+    *_, by_pip = yaml.safe_load(CONDA)["dependencies"]
+    (index,) = (line.split()[1] for line in by_pip["pip"] if line.startswith("--extra-index-url"))
+    for path in (ROOT / "README.md", *(ROOT / ".github/workflows").glob("*.yml")):
+        found = re.findall(r"PIP_EXTRA_INDEX_URL[:=]\s*(\S+)", path.read_text(encoding="utf-8"))
+        assert found == [index], path
 
 
 def test_the_repository_has_one_address():
