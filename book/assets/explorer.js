@@ -78,35 +78,34 @@ const Explorer = (() => {
     return z;
   }
 
-  // Calls visit(first, step, count) for each set of numbers that are normalised together.
-  function groups(kind, visit) {
-    if (kind === "layer") for (let s = 0; s < SAMPLES; s++) visit(s * WIDTH, 1, WIDTH);
-    if (kind === "batch") for (let unit = 0; unit < WIDTH; unit++) visit(unit, WIDTH, SAMPLES);
+  // The places of the numbers that are normalised together: a sample's, or a unit's over the batch.
+  const places = (count, place) => Array.from({ length: count }, (_, n) => place(n));
+  const GROUPS = {
+    none: [],
+    layer: places(SAMPLES, (s) => places(WIDTH, (unit) => s * WIDTH + unit)),
+    batch: places(WIDTH, (unit) => places(SAMPLES, (s) => s * WIDTH + unit)),
+  };
+
+  function average(group, value) {
+    let sum = 0;
+    for (const i of group) sum += value(i);
+    return sum / group.length;
   }
 
   // In each group: minus the mean, divided by the deviation.  `back` turns the gradient with respect
   // to the result into that with respect to z, in place.
   function normalise(z, kind) {
-    const result = z.slice(), deviations = [];
-    groups(kind, (first, step, count) => {
-      let mean = 0, square = 0;
-      for (let n = 0, i = first; n < count; n++, i += step) mean += z[i] / count;
-      for (let n = 0, i = first; n < count; n++, i += step) square += (z[i] - mean) ** 2 / count;
-      const deviation = Math.sqrt(square + EPSILON);
-      for (let n = 0, i = first; n < count; n++, i += step) result[i] = (z[i] - mean) / deviation;
-      deviations.push(deviation);
+    const result = z.slice();
+    const deviations = GROUPS[kind].map((group) => {
+      const mean = average(group, (i) => z[i]);
+      const deviation = Math.sqrt(average(group, (i) => (z[i] - mean) ** 2) + EPSILON);
+      for (const i of group) result[i] = (z[i] - mean) / deviation;
+      return deviation;
     });
     const back = (g) => {
-      let group = 0;
-      groups(kind, (first, step, count) => {
-        let mean = 0, along = 0;
-        for (let n = 0, i = first; n < count; n++, i += step) {
-          mean += g[i] / count;
-          along += (g[i] * result[i]) / count;
-        }
-        const deviation = deviations[group++];
-        for (let n = 0, i = first; n < count; n++, i += step)
-          g[i] = (g[i] - mean - along * result[i]) / deviation;
+      GROUPS[kind].forEach((group, number) => {
+        const mean = average(group, (i) => g[i]), along = average(group, (i) => g[i] * result[i]);
+        for (const i of group) g[i] = (g[i] - mean - along * result[i]) / deviations[number];
       });
       return g;
     };
