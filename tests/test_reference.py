@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -32,3 +34,19 @@ def test_every_line_of_the_list_says_what_for():
     told = [row.strip("|").split("|")[-1].strip() for row in rows]
     assert all(told)
     assert len(set(told)) == len(told)
+
+
+def test_no_attribute_is_documented_as_if_it_began_with_a_type():
+    """Sphinx's Napoleon reads "Settings: what they do" below an assignment as type and text."""
+    found = []
+    for path in SOURCE.rglob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for before, after in itertools.pairwise(body):
+            if (
+                isinstance(before, ast.Assign | ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(getattr(after.value, "value", None), str)
+                and re.match(r"[^`:]*: ", after.value.value.splitlines()[0])
+            ):
+                found.append(f"{path.name}: {after.value.value.splitlines()[0]}")
+    assert not found

@@ -43,7 +43,9 @@ TRAINING: dict[str, dict[str, Any]] = {
     "clip norm to 1": {"threshold": 1.0},
     "dropout 0.5": {"dropout": 0.5},
 }
-"""Settings of the training: factor of the learning rate (`lr`), share of the steps over which the
+"""Settings of the training, by name.
+
+Factor of the learning rate (`lr`), share of the steps over which the
 rate rises in a straight line (`warm`), β of the heavy ball (`momentum`), Adam in place of gradient
 descent, at this rate (`adam`), strength of l2/2·Σw² (`l2`), largest norm of the gradient
 (`threshold`), share of the hidden outputs set to zero in a step (`dropout`)."""
@@ -55,7 +57,9 @@ MODEL: dict[str, dict[str, Any]] = {
     "batch norm": {"normalization": "batch"},
     "scaled skips": {"skip": True},
 }
-"""Changes of the model: slope of a leaky ReLU for negative inputs (`slope`), weights that stay at
+"""Changes of the model, by name.
+
+Slope of a leaky ReLU for negative inputs (`slope`), weights that stay at
 the critical gain (`critical`), normalisation before the activation (`normalization`), each layer
 added to its input, times one over the root of the number of layers (`skip`)."""
 
@@ -64,7 +68,9 @@ ARITHMETIC: dict[str, dict[str, Any]] = {
     "safe root": {"safe": 1e-6},
     "loss factor ÷ 2¹⁴": {"scale": 2.0**10},
 }
-"""Changes of the arithmetic: the next wider format (`wide`), a constant under a root (`safe`), the
+"""Changes of the arithmetic, by name.
+
+The next wider format (`wide`), a constant under a root (`safe`), the
 factor of a loss that was scaled with 2²⁴ (`scale`).  `treat` knows the first alone: a multilayer
 perceptron of `sweep.train` has no root and no factor."""
 
