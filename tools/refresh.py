@@ -143,7 +143,7 @@ def resolve(book: Path, scratch: Path) -> Pins:
 
 def run_step(step: str, book: Path, log: Path) -> tuple[bool, str]:
     """`make step` in the copy: whether it passed, and what it said, which `log` keeps."""
-    command = ["make", step, f"PYTHON={sys.executable}"]
+    command = ["make", "--no-print-directory", step, f"PYTHON={sys.executable}"]
     with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(
             command, cwd=book, stdout=stream, stderr=subprocess.STDOUT, check=False

@@ -94,6 +94,8 @@ class Trainer:
             capacity=min(max(1000, problem.steps_per_epoch), 10_000),
             on_nonfinite=options.on_nonfinite,
         )
+        #: Whether a step may be left out; to see which was costs some operations a step.
+        self._leaves_out = options.on_nonfinite == "skip" or options.precision == "float16"
         #: Losses and samples of the steps that were taken, and of the last step.
         self._taken, self._last = (
             tf.Variable(tf.zeros(2, tf.float64), trainable=False) for _ in range(2)
@@ -119,9 +121,13 @@ class Trainer:
     def _summed_loss(self, y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         """The loss of every sample in a training step, whose sum is kept."""
         losses = self._each_loss(y, logits)
-        self._settle()  # the step before this one
         total = tf.reduce_sum(tf.cast(losses, tf.float64))
-        self._last.assign(tf.stack([total, tf.cast(tf.size(losses), tf.float64)]))
+        seen = tf.stack([total, tf.cast(tf.size(losses), tf.float64)])
+        if self._leaves_out:
+            self._settle()  # the step before this one
+            self._last.assign(seen)
+        else:
+            self._taken.assign_add(seen)
         return losses
 
     def _settle(self) -> None:
@@ -132,7 +138,8 @@ class Trainer:
 
     def _mean_loss(self) -> float:
         """Mean loss over the samples of the steps that were taken since the last call, or NaN."""
-        self._settle()
+        if self._leaves_out:
+            self._settle()
         total, samples = self._taken.numpy()
         self._taken.assign(tf.zeros_like(self._taken))
         return float(total / samples) if samples else math.nan
