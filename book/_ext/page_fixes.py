@@ -1,4 +1,4 @@
-"""What the pages need beyond the theme: alt text, accessible roles, no needless script.
+"""What the pages need beyond the theme: alt text and accessible roles.
 
 A figure without a text alternative is a warning, hence fails the build.
 """
@@ -15,8 +15,6 @@ LOGGER = logging.getLogger(__name__)
 
 #: What is taken out of the finished pages.
 UNWANTED = (
-    # The theme's icons come from a web font; this script (540 KB compressed) draws none of them.
-    re.compile(r'\s*<script defer src="[^"]*scripts/fontawesome\.js[^"]*"></script>'),
     # docutils' roles for bibliographies are deprecated, and a list of them is no list to a reader.
     re.compile(r' role="(?:doc-biblioentry|doc-backlink)"'),
     re.compile(r' role="list"(?= class="citation-list")'),
@@ -32,7 +30,7 @@ def require_alt_text(app, doctree, docname: str) -> None:
             LOGGER.warning("%s has no alt text; %s", image.get("uri"), advice, location=docname)
 
 
-def lighten(app, exception) -> None:
+def mend(app, exception) -> None:
     """Take out of the finished pages what they are better without."""
     if exception or app.builder.format != "html":
         return
@@ -47,5 +45,5 @@ def lighten(app, exception) -> None:
 
 def setup(app):
     app.connect("doctree-resolved", require_alt_text)
-    app.connect("build-finished", lighten)
+    app.connect("build-finished", mend)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

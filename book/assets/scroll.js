@@ -1,5 +1,5 @@
 // What scrolls sideways inside itself must be reachable by keyboard: give it a tab stop while it does.
-const wide = "div.math, .ledger-scroll, .pst-scrollable-table-container, .cell_output table, .verdict";
+const wide = ".wide-figure, div.math, .ledger-scroll, .pst-scrollable-table-container, .cell_output table, .verdict";
 
 function setTabStop(box) {
   if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;

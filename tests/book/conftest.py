@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -66,6 +67,7 @@ class Visit:
 
     errors: list[str] = field(default_factory=list)  # of the console, and failed requests
     foreign: list[str] = field(default_factory=list)  # addresses on other hosts
+    files: set[str] = field(default_factory=set)  # what it asked for of this one, without queries
     violations: list[str] = field(default_factory=list)  # serious or critical, found by axe
     overflow: int = 0  # pixels by which the page is wider than the screen
 
@@ -158,7 +160,9 @@ def visit(browser: Browser, site: str):
         page.on("request", lambda request: note(request.url))
 
         def note(url: str) -> None:
-            if not url.startswith((site, "data:", "blob:")):
+            if url.startswith(site):
+                seen.files.add(urlsplit(url).path.lstrip("/"))
+            elif not url.startswith(("data:", "blob:")):
                 seen.foreign.append(url)
 
         page.goto(f"/{document}.html", wait_until="networkidle")
