@@ -59,9 +59,9 @@ def fetch_the_book(address: str, branch: str) -> None:
     import sys
     from pathlib import Path
 
-    library = importlib.util.find_spec("gradlab")
+    library = getattr(importlib.util.find_spec("gradlab"), "origin", None)
     # Without the rest of the book beside it, the library cannot find the list of claims.
-    if library and Path(library.origin).parents[2].joinpath("book/claims.yml").is_file():
+    if library and Path(library).parents[2].joinpath("book/claims.yml").is_file():
         return
     folder = Path("exploding-gradients").resolve()
     clone = ["git", "clone", "--quiet", "--depth=1", f"--branch={branch}", address, str(folder)]
