@@ -34,7 +34,7 @@ CONTROL = """
 <li><a href="{binder}">Binder</a>: nothing to install and no account. It takes some minutes to
 start, and has 2 GB of memory at most.</li>
 <li><a href="{colab}">Colab</a>: a Google account. The first cell fetches the book. PyTorch and
-TensorFlow come in Colab’s versions, so a number may differ.</li>
+TensorFlow come in Colab’s versions: a number may differ from the page’s, or a check fail.</li>
 <li><a href="{download}" download>Download</a> (.ipynb): for your own Jupyter. The first cell
 fetches the book there, too.</li>
 </ul>

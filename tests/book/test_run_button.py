@@ -38,6 +38,7 @@ def test_a_chapter_has_three_ways_to_run_it(document):
         f"{owner}/{name}/blob/gh-pages/{document}.ipynb",
         "Download": f"{slug}.ipynb",
     }
+    assert control.find("a", string="Download").has_attr("download")  # whatever type the host names
 
 
 @every_chapter
