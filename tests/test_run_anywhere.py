@@ -14,13 +14,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import run_button
 import yaml
 
 import executed
 from fresh import ROOT
-
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
-import run_button
 
 # One process fetches the book, whatever the number of workers.
 pytestmark = pytest.mark.xdist_group("run anywhere")
