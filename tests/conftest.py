@@ -17,8 +17,9 @@ os.environ.update(
 
 import pytest
 
-# The build tools are scripts and no package.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+# The build tools are scripts and no package, and so are the extensions of the pages.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "book" / "_ext")]
 
 
 @pytest.fixture(autouse=True)

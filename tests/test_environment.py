@@ -1,9 +1,12 @@
 """The files that describe the project agree with each other."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
+import venv
 from importlib.metadata import packages_distributions
 
 import nbformat
@@ -12,11 +15,15 @@ import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
 import executed
+import links
 from fresh import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CONDA = (ROOT / "environment.yml").read_text(encoding="utf-8")
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+
+#: What mybinder.org builds environments with.
+REPO2DOCKER = "jupyter-repo2docker==2026.4.0"
 
 
 def canonical(name: str) -> str:
@@ -106,8 +113,53 @@ def test_the_index_of_pytorch_for_the_cpu_has_one_address():
         assert found == [index], path
 
 
+def test_binders_own_program_reads_the_environment(tmp_path):
+    """repo2docker, in an environment of its own: of the book nothing else needs it."""
+    venv.create(tmp_path, with_pip=True)
+    programs = tmp_path / ("Scripts" if os.name == "nt" else "bin")
+    pip = [programs / "python", "-m", "pip", "install", "--quiet", REPO2DOCKER]
+    subprocess.run(pip, check=True)
+    command = [programs / "jupyter-repo2docker", "--no-build", "--debug", ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    version = PROJECT["requires-python"].removeprefix(">=")
+    assert f"conda environment for python={version}" in said
+    # It installs from this file, and only after the repository, which the file refers to, is there.
+    copied, installed = said.index("COPY --chown=0:0 src/ "), said.index('--file "environment.yml"')
+    assert copied < installed
+
+
+#: Files that a reader copies a line from, or a host reads, type the repository's address.
+MAY_SAY_THE_ADDRESS = ("*.md", "book/*.md", "*.cff", "pyproject.toml", "_config.yml")
+#: Everything else takes it from `_config.yml`.
+TAKE_THE_ADDRESS = (
+    *("notebooks/*.ipynb", "src/**/*.py", "tools/*.py", "benchmarks/*.py", "tests/**/*.py"),
+    *("book/_ext/*.py", "book/_templates/*", "book/assets/*.js", "book/assets/*.css"),
+    *(".github/workflows/*.yml", "Makefile", "environment.yml"),
+)
+
+
 def test_the_repository_has_one_address():
-    assert PROJECT["urls"]["Homepage"] == CONFIG["repository"]["url"]
+    address, branch = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
+    owner, name = address.removeprefix("https://github.com/").split("/")
+    assert PROJECT["urls"]["Homepage"] == address
+    assert CONFIG["sphinx"]["config"]["ogp_site_url"] == f"https://{owner}.github.io/{name}/"
+    expected = {
+        r"github\.com/([\w-]+/[\w-]+)": f"{owner}/{name}",
+        r"mybinder\.org/v2/gh/([\w/-]+)": f"{owner}/{name}/{branch}",
+        r"([\w-]+\.github\.io/[\w-]+)": f"{owner}.github.io/{name}",
+    }
+    for path in links.files(ROOT, MAY_SAY_THE_ADDRESS):
+        text = path.read_text(encoding="utf-8")
+        for pattern, one in expected.items():
+            assert set(re.findall(pattern, text)) <= {one}, path
+    typed = [
+        path.relative_to(ROOT)
+        for path in links.files(ROOT, TAKE_THE_ADDRESS)
+        if re.search(rf"{owner}(/|\.github\.io/){name}", path.read_text(encoding="utf-8"))
+    ]
+    assert typed == []
 
 
 def test_the_formulas_styles_are_those_of_the_renderer():

@@ -183,14 +183,11 @@ def test_other_hosts_are_asked_every_week_alone():
     assert not any("--external" in text or "linkcheck" in text for text in everyday)
 
 
-def test_both_workflows_use_the_same_actions_and_python():
-    def used(name):
-        steps = [step for job in workflow(name)["jobs"].values() for step in job["steps"]]
-        pythons = {
-            step["with"]["python-version"]
-            for step in steps
-            if "python-version" in step.get("with", {})
-        }
-        return {step["uses"] for step in steps if "uses" in step}, pythons
-
-    assert used("weekly.yml") == used("book.yml")
+def test_the_workflows_use_one_python_and_every_action_in_one_version():
+    files = (ROOT / ".github/workflows").glob("*.yml")
+    jobs = [job for file in files for job in workflow(file.name)["jobs"].values()]
+    steps = [step for job in jobs for step in job["steps"]]
+    actions = {step["uses"] for step in steps if "uses" in step}
+    assert len({action.partition("@")[0] for action in actions}) == len(actions), actions
+    settings = (step.get("with", {}) for step in steps)
+    assert len({given["python-version"] for given in settings if "python-version" in given}) == 1
