@@ -2,16 +2,13 @@
 
 import re
 import struct
-import sys
 
 import pytest
 import tinycss2
 from fontTools.ttLib import TTFont
 
-from fresh import ROOT
-
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import light_pages
+from fresh import ROOT
 
 HEAD = """<html><head>
   <link href="{up}_static/styles/theme.css?digest=1" rel="stylesheet" />

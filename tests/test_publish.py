@@ -7,9 +7,9 @@ import re
 import subprocess
 from pathlib import Path
 
-import run_button
 import yaml
 
+import run_button
 from fresh import ROOT
 
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/book.yml").read_text(encoding="utf-8"))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import run_button
 import yaml
 
 import executed
+import run_button
 from fresh import ROOT
 
 # One process fetches the book, whatever the number of workers.
