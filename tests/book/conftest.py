@@ -122,6 +122,20 @@ def page(browser: Browser, site: str) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="session")
+def tab_sets():
+    """`tab_sets(page)`: the tab sets of which not every panel stands right below its label."""
+    wrong = """sets => sets.filter(set => {
+        const parts = [...set.querySelectorAll(':scope > label')].flatMap(
+            label => [label, document.getElementById(label.getAttribute('aria-controls'))]
+        );
+        const boxes = parts.map(part => part.getBoundingClientRect());
+        return !parts.every(part => part.checkVisibility() && part.textContent.trim())
+            || boxes.some((box, i) => box.height < 10 || (i && box.top < boxes[i - 1].bottom - 1));
+    }).map(set => set.textContent.slice(0, 200))"""
+    return lambda page: page.locator(".sd-tab-set").evaluate_all(wrong)
+
+
+@pytest.fixture(scope="session")
 def visit(browser: Browser, site: str):
     """`visit(document, mode)` opens a page once, however many tests ask what was seen."""
     axe = Axe()
