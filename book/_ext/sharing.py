@@ -145,7 +145,7 @@ def card(title: str, text: str, figure: Path | None) -> Image.Image:
         draw.rectangle((0, top, STRIP, bottom), fill=colour)
 
     left, right, bottom = STRIP + MARGIN, width - MARGIN, height - FOOT
-    name = BOOK if title != BOOK else f"{ABOUT},"
+    name = BOOK if title != BOOK else ABOUT
     draw.text((left, height - 64), name, font=font(26, "bold"), fill=INK)
     tested = "tested in PyTorch and TensorFlow"
     draw.text((right, height - 60), tested, font=font(22), fill=FAINT, anchor="ra")
