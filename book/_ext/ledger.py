@@ -1,7 +1,8 @@
 """The ledger of claims: `{claims-ledger}` renders it, {claim}`A3.2` links to a row of it.
 
 On other pages, `{claims-ledger}` with `:article: 3` lists that article's verdicts, word by word,
-and {verdict}`A3.2` is the word of one claim, with a link to its row.
+{verdict}`A3.2` is the word of one claim, with a link to its row, {verdict-count}`refuted` the
+number of claims that ended with a word, and {verdict-count}`all` the number of claims.
 
 The statements come from `book/claims.yml`, the verdicts from the executed notebooks of this build,
 so the page cannot say what no cell decided.  The table is laid out when the page is read; the
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -125,6 +127,21 @@ class VerdictRole(SphinxRole):
         return [Slot(fill="word", claim=self.text)], []
 
 
+class VerdictCountRole(SphinxRole):
+    """{verdict-count}`refuted` is how many claims ended with that word; `all` counts them all."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        words = ["all", OPEN, *(word for kind in registry.WORDS.values() for word in kind)]
+        if self.text not in words:
+            message = self.inliner.reporter.error(
+                f"no verdict {self.text!r}; there are {', '.join(dict.fromkeys(words))}"
+            )
+            return [], [message]
+        self.env.note_dependency(str(Path(self.env.srcdir) / REGISTRY))
+        verdict_pages(self.env).add(self.env.docname)
+        return [Slot(fill="count", word=self.text)], []
+
+
 def verdict_pages(env) -> set[str]:
     """The pages beside the ledger that show verdicts."""
     if not hasattr(env, "verdict_pages"):
@@ -208,6 +225,11 @@ def fill_slots(app, doctree, docname) -> None:
             link = row_link(app, docname, slot["claim"], mark(word))
             slot.replace_self(link)
             continue
+        if slot["fill"] == "count":
+            claims = registry.load(Path(app.srcdir) / REGISTRY)
+            number = count(app.ledger, claims, slot["word"])
+            slot.replace_self(nodes.inline("", str(number), classes=["verdict-count"]))
+            continue
         decided = app.ledger.get(slot["claim"])
         if slot["fill"] == "correction":
             # What no cell has shown yet is not asserted.
@@ -227,6 +249,12 @@ def summary(ledger: dict[str, dict[str, str]], total: int) -> nodes.paragraph:
     paragraph = nodes.paragraph(classes=["ledger-summary"])
     paragraph += [nodes.strong("", str(len(ledger))), nodes.Text(text)]
     return paragraph
+
+
+def count(ledger: dict[str, dict[str, str]], claims: Iterable[str], word: str) -> int:
+    """How many of the claims ended with a word; `all` counts every one."""
+    words = [ledger.get(claim_id, {}).get("verdict", OPEN) for claim_id in claims]
+    return len(words) if word == "all" else words.count(word)
 
 
 def by_word(app, docname: str, claim_ids: list[str]) -> nodes.bullet_list:
@@ -281,10 +309,11 @@ def setup(app):
     app.add_directive("claims-ledger", ClaimsLedger)
     app.add_role("claim", ClaimRole())
     app.add_role("verdict", VerdictRole())
+    app.add_role("verdict-count", VerdictCountRole())
     app.connect("env-purge-doc", forget_page)
     app.connect("doctree-read", depend_on_execution)
     app.connect("env-updated", collect)
     app.connect("doctree-resolved", fill_slots)
     app.connect("missing-reference", resolve_claim)
     # One environment per process keeps the page's name; reading in parallel would lose it.
-    return {"parallel_read_safe": False, "parallel_write_safe": True, "env_version": 3}
+    return {"parallel_read_safe": False, "parallel_write_safe": True, "env_version": 4}
