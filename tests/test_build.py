@@ -241,6 +241,25 @@ def test_runs_of_neighbours_become_tabs(cells, expected, monkeypatch):
     assert [{name: len(group) for name, group in run.items()} for run in found] == expected
 
 
+def test_headings_become_exercises_with_a_solution(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "book/_ext"))
+    import exercises
+
+    one = ["### Exercise\n<!-- ex-one -->\n\nOne and one?", "### Solution", "Two.", None]
+    two = ["### Exercise\n<!-- ex-two -->\n\nTwo and two?", "### Solution", None]
+    cells = [
+        {"cell_type": "markdown" if text else "code", "source": text or "1 + 1"}
+        for text in ["## Exercises", *one, *two]
+    ]
+    found = ["".join(cell["source"]) for cell in exercises.boxes(cells)]
+    box, start, end = exercises.EXERCISE_BOX, exercises.SOLUTION_START, exercises.SOLUTION_END
+    assert found == [
+        *("## Exercises", box.format("ex-one", "One and one?")),
+        *(start.format("ex-one"), "Two.", "1 + 1", end),
+        *(box.format("ex-two", "Two and two?"), start.format("ex-two"), "1 + 1", end),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------
 # What is missing is said in a sentence
 
