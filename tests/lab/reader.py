@@ -32,11 +32,12 @@ KINDS = {
     "text": "pre",
 }
 
-#: Of every cell on the page: its place, in how many of its outputs each kind can be seen, and how
-#: many formulas cannot be read.
+#: Of every cell on the page: its place, in how many of its outputs each kind can be seen (a figure
+#: painted, a card with its bar), and how many formulas cannot be read.
 LOOK = """kinds => [...document.querySelectorAll('.jp-Notebook .jp-Cell')].map(cell => {
     const seen = node => node.checkVisibility() && node.getBoundingClientRect().height >= 8
-        && (node.tagName !== 'IMG' || (node.complete && node.naturalWidth > 0));
+        && (node.tagName !== 'IMG' || (node.complete && node.naturalWidth > 0))
+        && (node.tagName !== 'DIV' || parseFloat(getComputedStyle(node).borderLeftWidth) > 0);
     const outputs = [...cell.querySelectorAll('.jp-OutputArea-output')];
     const count = kind => outputs.filter(o => [...o.querySelectorAll(kind)].some(seen)).length;
     return [
