@@ -25,9 +25,10 @@ help:  ## this list
 book: $(STAMP)  ## execute the notebooks and build the pages into _build/html
 	@$(BIN)/python tools/build.py
 
-test: $(STAMP)  ## unit tests, every notebook, the built book in a headless Chromium
-	$(BIN)/pytest -q -n 2 --dist loadgroup --ignore=tests/book tests
+test: $(STAMP)  ## unit tests, every notebook, JupyterLab and the built book in a headless Chromium
+	$(BIN)/pytest -q -n 2 --dist loadgroup --ignore=tests/book --ignore=tests/lab tests
 	$(BIN)/pytest -q $(NBVAL) notebooks
+	$(BIN)/pytest -q tests/lab
 	$(BIN)/pytest -q -n 2 --dist loadgroup tests/book
 
 lab: $(STAMP)  ## JupyterLab on the notebooks (LAB_ARGS=... adds options, as --allow-root)

@@ -1,4 +1,4 @@
-"""What all tests share: one quiet thread a framework, the build tools, and both frameworks."""
+"""What all tests share: quiet frameworks, the build tools, both frameworks' names, a browser."""
 
 import importlib
 import os
@@ -35,3 +35,20 @@ def figures_as_they_were():
 def side(request):
     """`gradlab.torch`, then `gradlab.keras`: the same names, so the same tests."""
     return importlib.import_module(f"gradlab.{request.param}")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A fresh Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    import chromium
+
+    try:
+        program = chromium.find()
+    except chromium.NoChromium as error:
+        pytest.exit(str(error), returncode=1)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=list(chromium.FLAGS))
+        yield browser
+        browser.close()

@@ -108,7 +108,7 @@ def book(built) -> TinyBook:
 def test_pages_show_results_tabs_and_verdicts(book):
     assert "the number is 41" in book.page()
     assert book.page().count("sd-tab-set ") == 1
-    assert re.search(r'<div class="verdict verdict-supported">', book.page())
+    assert '<div class="verdict verdict-supported"' in book.page()
     assert "1 of 2 statements" in re.sub("<[^>]+>", "", book.page("book/claims"))
     assert 'href="claims.html#claim-A1.1"' in book.page("book/intro")
     ledger = json.loads((book.root / "_build/ledger.json").read_text())
@@ -239,6 +239,25 @@ def test_runs_of_neighbours_become_tabs(cells, expected, monkeypatch):
     children = [nodes.container(nb_element="cell_code", classes=[names[c]]) for c in cells]
     found = framework_tabs.runs(children)
     assert [{name: len(group) for name, group in run.items()} for run in found] == expected
+
+
+def test_headings_become_exercises_with_a_solution(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "book/_ext"))
+    import exercises
+
+    one = ["### Exercise\n<!-- ex-one -->\n\nOne and one?", "### Solution", "Two.", None]
+    two = ["### Exercise\n<!-- ex-two -->\n\nTwo and two?", "### Solution", None]
+    cells = [
+        {"cell_type": "markdown" if text else "code", "source": text or "1 + 1"}
+        for text in ["## Exercises", *one, *two]
+    ]
+    found = ["".join(cell["source"]) for cell in exercises.boxes(cells)]
+    box, start, end = exercises.EXERCISE_BOX, exercises.SOLUTION_START, exercises.SOLUTION_END
+    assert found == [
+        *("## Exercises", box.format("ex-one", "One and one?")),
+        *(start.format("ex-one"), "Two.", "1 + 1", end),
+        *(box.format("ex-two", "Two and two?"), start.format("ex-two"), "1 + 1", end),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------

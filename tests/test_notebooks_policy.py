@@ -1,5 +1,6 @@
 """What every notebook of the book keeps to, checked without running it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,26 @@ def shows_figure(cell: nbformat.NotebookNode) -> bool:
     passive = (" ", "\t", "def ", "class ", "import ", "from ", "#")
     active = [line for line in cell.source.splitlines() if not line.startswith(passive)]
     return any(word in line for line in active for word in DRAWS)
+
+
+@every_notebook
+def test_exercises_are_plain_cells_with_a_folded_solution(path, monkeypatch):
+    """The form that book/_ext/exercises.py states."""
+    monkeypatch.syspath_prepend(str(ROOT / "book/_ext"))
+    import exercises
+
+    cells = nbformat.read(path, as_version=4).cells
+    texts = [cell.source if cell.cell_type == "markdown" else "" for cell in cells]
+    assert any(exercises.EXERCISE.match(text) for text in texts), "no exercise"
+    for place, text in enumerate(texts):
+        assert not re.search(r"\{(exercise|solution)(-start|-end)?\}", text), text
+        if re.search(r"^### Exercise", text, re.MULTILINE):
+            assert exercises.EXERCISE.match(text), f"starts not as an exercise does: {text}"
+            assert texts[place + 1] == exercises.SOLUTION, f"no cell with its solution: {text}"
+        if re.search(r"^### Solution", text, re.MULTILINE):
+            assert exercises.EXERCISE.match(texts[place - 1]), f"solution of what? {text}"
+            folded = cells[place].metadata.get("jp-MarkdownHeadingCollapsed")
+            assert folded, f"fold the solution {cells[place].id} in JupyterLab"
 
 
 @every_notebook

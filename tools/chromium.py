@@ -44,7 +44,7 @@ def find() -> str:
         if found := _on_path():
             return found
     raise NoChromium(
-        "the tests of the pages need Chromium and found none: install it (Debian and Ubuntu: "
+        "the tests in a browser need Chromium and found none: install it (Debian and Ubuntu: "
         "apt-get install chromium) or say where it is: CHROMIUM=/path/to/chromium make test"
     )
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from gradlab._card import card
+
 MIME = "application/vnd.gradlab.verdict+json"
 
 #: The words that each kind of row may end with.
@@ -79,11 +81,11 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         claim = self.claim
-        return (
-            f'<div class="verdict verdict-{self.word}"><p><strong>{claim.id}</strong> '
-            f"{html.escape(claim.statement)}</p><p><strong>{self.word.capitalize()}.</strong> "
-            f"{html.escape(claim.correction)}</p></div>"
+        content = (
+            f"<p><strong>{claim.id}</strong> {html.escape(claim.statement)}</p>"
+            f"<p><strong>{self.word.capitalize()}.</strong> {html.escape(claim.correction)}</p>"
         )
+        return card("verdict", self.word, content)
 
 
 # ---------------------------------------------------------------------------------------------

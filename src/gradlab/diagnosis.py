@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gradlab import theory
+from gradlab._card import card
 from gradlab.measurements import (
     Curvature,
     Event,
@@ -136,8 +137,7 @@ class Diagnosis:
         if self.checks:
             parts += [f"<p><strong>In order.</strong> {text(' '.join(self.checks))}</p>"]
         parts += [f"<p><em>Not measured: {text(note)}</em></p>" for note in self.notes]
-        kind = self.kind.replace(" ", "-")
-        return f'<div class="diagnosis diagnosis-{kind}">{"".join(parts)}</div>'
+        return card("diagnosis", self.kind.replace(" ", "-"), "".join(parts))
 
 
 def judge(measurements: Measurements) -> Diagnosis:

@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from filelock import FileLock
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
-import chromium
 from fresh import ROOT
 
 HTML = ROOT / "_build" / "html"
@@ -97,19 +96,6 @@ def site(book: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """A fresh Chromium."""
-    try:
-        program = chromium.find()
-    except chromium.NoChromium as error:
-        pytest.exit(str(error), returncode=1)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=list(chromium.FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
