@@ -10,11 +10,12 @@ import hashlib
 from html import escape
 from pathlib import Path
 
-import figures
 from docutils import nodes
 from PIL import Image  # matplotlib needs it, so it is there
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.osutil import relative_uri
+
+import figures
 
 THUMBNAILS = Path("_images/thumbnails")
 WIDTH, QUALITY = 480, 70  # twice a tile's width; WebP's scale

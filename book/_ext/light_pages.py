@@ -29,7 +29,7 @@ from fontTools.ttLib import TTFont
 #: Style sheets of math: on the pages that have some.
 MATH = re.compile(r"katex")
 #: Scripts for code cells, folded boxes and tabs, and how a page looks that needs them.
-CODE = re.compile(r"clipboard|copybutton|togglebutton|design-tabs")
+CODE = re.compile(r"clipboard|copybutton|togglebutton|design-tabs|/tabs\.js")
 USES_CODE = re.compile(
     r'<div class="highlight'
     r'|class="(?:[^"]* )?(?:sd-tab-set|toggle)[ "]'

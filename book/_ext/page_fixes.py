@@ -1,4 +1,4 @@
-"""What the pages need beyond the theme: alt text and accessible roles.
+"""What the pages need beyond the theme: alt text, accessible roles, their colours at once.
 
 A figure without a text alternative is a warning, hence fails the build.
 """
@@ -13,11 +13,21 @@ from sphinx.util import logging
 
 LOGGER = logging.getLogger(__name__)
 
-#: What is taken out of the finished pages.
-UNWANTED = (
+#: What is changed in the finished pages, and into what.
+MENDED = (
     # docutils' roles for bibliographies are deprecated, and a list of them is no list to a reader.
-    re.compile(r' role="(?:doc-biblioentry|doc-backlink)"'),
-    re.compile(r' role="list"(?= class="citation-list")'),
+    (re.compile(r' role="(?:doc-biblioentry|doc-backlink)"'), ""),
+    (re.compile(r' role="list"(?= class="citation-list")'), ""),
+    # MyST and the theme repeat what Sphinx says already.
+    (re.compile(r'<meta name="viewport" content="width=device-width, initial-scale=1" ?/>'), ""),
+    # The theme's name for "as the reader's system" selects no colours, until a script at the page's
+    # end replaces it: a flash, and no colours at all where no script runs.
+    (re.compile(r'(<html [^>]*data-theme=)"auto"'), r'\1"light"'),
+    (
+        re.compile(r'localStorage\.getItem\("theme"\) \|\| "auto"'),
+        '{ light: "light", dark: "dark" }[document.documentElement.dataset.mode] ?? '
+        '(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")',
+    ),
 )
 
 
@@ -31,14 +41,14 @@ def require_alt_text(app, doctree, docname: str) -> None:
 
 
 def mend(app, exception) -> None:
-    """Take out of the finished pages what they are better without."""
+    """Change what stands in the finished pages as the theme and docutils wrote it."""
     if exception or app.builder.format != "html":
         return
     for page in Path(app.outdir).rglob("*.html"):
         before = page.read_text(encoding="utf-8")
         after = before
-        for pattern in UNWANTED:
-            after = pattern.sub("", after)
+        for pattern, better in MENDED:
+            after = pattern.sub(better, after)
         if after != before:
             page.write_text(after, encoding="utf-8")
 

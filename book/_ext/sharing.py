@@ -14,11 +14,12 @@ import textwrap
 from html import escape
 from pathlib import Path
 
-import figures
 from docutils import nodes
 from matplotlib import colormaps, font_manager
 from matplotlib.colors import to_hex
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin  # matplotlib needs it, so it is there
+
+import figures
 
 LONG, LONGEST = 110, 160  # characters; search engines show so many
 MORE = "…"
