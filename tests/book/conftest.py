@@ -67,7 +67,7 @@ class Visit:
     errors: list[str] = field(default_factory=list)  # of the console, and failed requests
     foreign: list[str] = field(default_factory=list)  # addresses on other hosts
     files: set[str] = field(default_factory=set)  # what it asked for of this one, without queries
-    violations: list[str] = field(default_factory=list)  # serious or critical, found by axe
+    violations: list[str] = field(default_factory=list)  # found by axe, whatever their impact
     overflow: int = 0  # pixels by which the page is wider than the screen
 
 
@@ -172,9 +172,8 @@ def visit(browser: Browser, site: str):
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
         for violation in violations(page, mode):
-            if violation["impact"] in ("serious", "critical"):
-                where = [node["html"][:160] for node in violation["nodes"][:3]]
-                seen.violations.append(f"{violation['id']} ×{len(violation['nodes'])}: {where}")
+            where = [node["html"][:160] for node in violation["nodes"][:3]]
+            seen.violations.append(f"{violation['id']} ×{len(violation['nodes'])}: {where}")
         page.close()
         return seen
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("book")
 def compressed(name: str) -> int:
     """A file's size as a server sends it: text with gzip, pictures and fonts as they are."""
     content = (HTML / name).read_bytes()
-    packed = Path(name).suffix in (".png", ".woff2")
+    packed = Path(name).suffix in (".png", ".webp", ".woff2")
     return len(content) if packed else len(gzip.compress(content, 6))
 
 
