@@ -144,6 +144,12 @@ def test_old_pages_get_the_addresses_of_new_files(site):
     assert after["book.js"] == before["book.js"]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "book" / "assets").glob("*.css")))
+def test_every_rule_of_the_book_s_own_is_closed(path):
+    text = path.read_text()  # a browser closes the last one itself, and reads all in it as part of it
+    assert text.count("{") == text.count("}")
+
+
 @pytest.mark.parametrize(
     ("selector", "kept"),
     [
