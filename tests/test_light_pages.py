@@ -146,7 +146,7 @@ def test_old_pages_get_the_addresses_of_new_files(site):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "book" / "assets").glob("*.css")))
 def test_every_rule_of_the_book_s_own_is_closed(path):
-    text = path.read_text()  # a browser closes the last one itself, and reads all in it as part of it
+    text = path.read_text()  # of an open one, browsers take all that follows to be a part
     assert text.count("{") == text.count("}")
 
 
