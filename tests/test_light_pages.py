@@ -56,6 +56,7 @@ def site(tmp_path):
         "search.html": '<div id="search-results">',
         "book/math.html": '<span class="katex">x</span><script src="../_static/own.js"></script>',
         "notebooks/code.html": '<div class="highlight-python">',
+        "book/folded.html": '<div class="solution dropdown admonition">',
     }
     for name, body in bodies.items():
         path = tmp_path / name
@@ -69,7 +70,7 @@ def asked_for(page):
 
 
 def test_each_page_asks_for_what_it_uses(site):
-    assert light_pages.lighten(site) == 4
+    assert light_pages.lighten(site) == 5
     shared = ["_static/book.css", "_static/book.js"]
     assert asked_for(site / "genindex.html") == [*shared, "_static/print.css"]
     assert asked_for(site / "search.html") == [
@@ -86,6 +87,7 @@ def test_each_page_asks_for_what_it_uses(site):
     ]
     code = [*shared, "_static/code.js", "_static/print.css"]
     assert asked_for(site / "notebooks" / "code.html") == code
+    assert asked_for(site / "book" / "folded.html") == code
 
 
 def test_no_script_holds_up_a_page(site):

@@ -33,7 +33,7 @@ CODE = re.compile(r"clipboard|copybutton|togglebutton|design-tabs|/tabs\.js")
 USES_CODE = re.compile(
     r'<div class="highlight'
     r'|class="(?:[^"]* )?(?:sd-tab-set|toggle)[ "]'
-    r'|class="[^"]*\badmonition[^"]* dropdown\b'
+    r'|class="(?=[^"]*\badmonition\b)[^"]*\bdropdown\b'
 )
 USES_MATH = 'class="katex'
 #: Scripts that only the page of search results needs: 80 KB, as the index of all words is one.

@@ -53,6 +53,12 @@ ONE_OF_EACH_LOOK = """selector => {
 }"""
 
 
+#: What of formulas, code, tables and figures begins left of the page.
+BEGINS_OUTSIDE = """() => [...document.querySelectorAll('article :is(.base, pre, table, img)')]
+    .filter(box => box.checkVisibility() && box.getBoundingClientRect().left < 0)
+    .map(box => box.parentElement.textContent.slice(0, 80))"""
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -69,6 +75,7 @@ class Visit:
     files: set[str] = field(default_factory=set)  # what it asked for of this one, without queries
     violations: list[str] = field(default_factory=list)  # found by axe, whatever their impact
     overflow: int = 0  # pixels by which the page is wider than the screen
+    cut: list[str] = field(default_factory=list)  # what begins left of it, where nobody can scroll
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +178,7 @@ def visit(browser: Browser, site: str):
         seen.overflow = page.evaluate(
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
+        seen.cut = page.evaluate(BEGINS_OUTSIDE)
         for violation in violations(page, mode):
             where = [node["html"][:160] for node in violation["nodes"][:3]]
             seen.violations.append(f"{violation['id']} ×{len(violation['nodes'])}: {where}")

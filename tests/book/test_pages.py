@@ -71,6 +71,11 @@ def test_does_not_scroll_sideways(visit, document, mode):
     assert visit(document, mode).overflow <= 0
 
 
+@every_look
+def test_nothing_begins_where_nobody_can_scroll(visit, document, mode):
+    assert visit(document, mode).cut == []
+
+
 @pytest.mark.parametrize("document", CHAPTERS)
 def test_tabs_switch_together_and_remember(page, document):
     page.goto(f"/{document}.html")

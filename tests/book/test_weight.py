@@ -61,6 +61,14 @@ def test_math_is_loaded_where_there_is_some(visit, document):
 
 
 @every_page
+def test_what_can_be_copied_unfolded_or_switched_has_its_script(visit, document):
+    asked = visit(document, "light").files
+    needs = ".highlight pre, .toggle, .admonition.dropdown, .sd-tab-set"
+    used = bool(soup(HTML / f"{document}.html").select(needs))
+    assert any("code.js" in name for name in asked) == used
+
+
+@every_page
 def test_words_are_searched_only_where_one_searches(visit, document):
     asked = visit(document, "light").files
     assert any("searchindex" in name for name in asked) == (document == "search")
