@@ -28,8 +28,9 @@ FOCUS = """() => {
     if (!stop || stop === document.body) return null;
     const radio = stop.type === 'radio';
     const shown = radio ? document.querySelector(`label[for="${stop.id}"]`) : stop;
-    const style = getComputedStyle(shown);
-    const seen = style.outlineStyle !== 'none' || style.boxShadow !== 'none';
+    // A link stretched over a card shows the focus around all of it.
+    const seen = [getComputedStyle(shown), getComputedStyle(shown, '::after')].some(
+        style => style.outlineStyle !== 'none' || style.boxShadow !== 'none');
     return [radio ? stop.name : stop.dataset.stop ?? '', seen, stop.outerHTML.slice(0, 120)];
 }"""
 
