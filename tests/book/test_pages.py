@@ -105,6 +105,34 @@ def test_both_tabs_are_shown_without_a_script(browser, site, tab_sets):
     context.close()
 
 
+def test_a_link_into_a_hidden_tab_shows_it(page):
+    page.goto("/notebooks/01_what_explodes.html")
+    figure = page.locator("[id='fig-two-ways-tensorflow']")
+    assert not figure.is_visible()
+    page.goto("/book/gallery.html")
+    page.locator("a[href$='#fig-two-ways-tensorflow']").click()
+    figure.wait_for(state="visible")
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_a_page_has_its_colours_before_the_theme_s_script_runs(browser, site, mode):
+    context = browser.new_context(base_url=site, color_scheme=mode)
+    page = context.new_page()
+    page.route("**/book.js*", lambda route: route.abort())
+    page.goto("/book/claims.html")
+    assert page.evaluate("document.documentElement.dataset.theme") == mode
+    context.close()
+
+
+def test_a_page_has_colours_without_a_script(browser, site):
+    context = browser.new_context(base_url=site, java_script_enabled=False)
+    page = context.new_page()
+    page.goto("/book/claims.html")
+    badge = page.locator(".verdict-badge-refuted").first
+    assert badge.evaluate("b => getComputedStyle(b).backgroundColor") == "rgb(254, 226, 226)"
+    context.close()
+
+
 # ---------------------------------------------------------------------------------------------
 # In the files
 
