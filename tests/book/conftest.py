@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from axe_playwright_python.sync_playwright import Axe
 from filelock import FileLock
 from playwright.sync_api import Browser, BrowserContext, Page
 
+import serve
 from fresh import ROOT
 
 HTML = ROOT / "_build" / "html"
@@ -59,13 +58,6 @@ BEGINS_OUTSIDE = """() => [...document.querySelectorAll('article :is(.base, pre,
     .map(box => box.parentElement.textContent.slice(0, 80))"""
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
-
-
 @dataclass
 class Visit:
     """What was seen while one page was open in one mode."""
@@ -98,11 +90,8 @@ def book(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 @pytest.fixture(scope="session")
 def site(book: Path) -> Iterator[str]:
     """The address at which the book is served."""
-    handler = functools.partial(_Quiet, directory=str(book))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serve.served(book) as address:
+        yield address
 
 
 @pytest.fixture
